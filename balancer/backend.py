@@ -1,0 +1,165 @@
+"""One backend: where it is, whether it lives, how much it has in hand.
+
+Five questions are kept apart: `healthy` is what probes and refused connections say; `admin` is what the operator
+says; `full` is what its `max_connections` says; `eligible` is the first two; `available` is all of them.
+
+Rise and fall are one streak of results that contradict `healthy`; the first that agrees clears it, so with fall 3
+"fail, fail, pass, fail" stays up. The very first result decides at once (HAProxy's init-state).
+
+A backend belongs to a pool, and what several threads change here (`healthy`, `admin`, `active`, the streak) is
+changed under that pool's lock only. `idle`, `answers` and `average` are the reactor's alone.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import socket
+from typing import TYPE_CHECKING, Any
+
+from balancer.config import Server
+from balancer.http1 import AnswerReader, HeadLimits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Endpoint = tuple[int, Any]  # address family, and the address as `socket.connect` takes it
+
+# How fast an answer time is forgotten: a backend that was slow once is worth another look after a while.
+AVERAGE_HALF_LIFE = 10.0  # seconds
+AVERAGE_SHARE = 0.2  # what the newest answer adds to the average
+
+
+class Admin(enum.Enum):
+    """What the operator wants of a backend (HAProxy's words)."""
+
+    READY = "ready"  # serves
+    DRAIN = "drain"  # gets no new work, keeps what it has
+    MAINT = "maint"  # gets no work and no probes
+
+
+class Backend:
+    """A configured server and its state. `repr` is a status line."""
+
+    __slots__ = (
+        "active",
+        "address",
+        "admin",
+        "answers",
+        "average",
+        "average_at",
+        "backup",
+        "changed_at",
+        "check",
+        "endpoints",
+        "failures",
+        "healthy",
+        "host",
+        "id",
+        "idle",
+        "max_connections",
+        "order",
+        "port",
+        "probed",
+        "streak",
+        "turn",
+        "weight",
+    )
+
+    def __init__(self, server: Server, order: int = 0, head_limits: HeadLimits | None = None) -> None:
+        self.id = server.id
+        self.host = server.host
+        self.port = server.port
+        self.address = server.address
+        self.weight = server.weight
+        self.backup = server.backup
+        self.max_connections = server.max_connections
+        self.order = order  # place in the configuration: breaks ties where the order must be strict
+
+        self.endpoints: tuple[Endpoint, ...] = literal_endpoints(server.host, server.port)
+        self.healthy = True
+        self.admin = Admin.READY
+        self.probed = False  # until the first result, which decides at once
+        self.streak = 0  # results in a row that contradict `healthy`
+        self.failures = 0  # failed results in a row, for the log
+        self.check = "not probed yet"  # the last result in words: "L7OK 200 in 3 ms"
+        self.changed_at: float | None = None  # wall clock of the last change of `healthy`
+        self.active = 0  # leases out: exchanges or TCP connections
+
+        self.turn = 0  # round robin's position: see pickers.RoundRobin
+        self.average = 0.0  # seconds to the answer's head, decaying
+        self.average_at = 0.0
+        self.idle: list[Any] = []  # kept upstream connections, the newest last
+        self.answers = AnswerReader(head_limits or HeadLimits())
+
+    def __repr__(self) -> str:
+        kind = " backup" if self.backup else ""
+        return f"<Backend {self.id} {self.address} {self.status.lower()} weight={self.weight} active={self.active}{kind}>"
+
+    @property
+    def status(self) -> str:
+        """UP, DOWN, DRAIN or MAINT: what the status page and the log call it."""
+        if self.admin is not Admin.READY:
+            return self.admin.name
+        return "UP" if self.healthy else "DOWN"
+
+    @property
+    def full(self) -> bool:
+        return 0 < self.max_connections <= self.active
+
+    @property
+    def eligible(self) -> bool:
+        """May it be given work as far as probes and the operator are concerned?"""
+        return self.healthy and self.admin is Admin.READY
+
+    @property
+    def available(self) -> bool:
+        return self.eligible and not self.full
+
+    def observe(self, passed: bool, rise: int, fall: int) -> bool:
+        """Count one result, and tell whether it changed `healthy`. The pool's lock is held."""
+        self.failures = 0 if passed else self.failures + 1
+        first, self.probed = not self.probed, True
+        if passed == self.healthy:
+            self.streak = 0
+            return False
+        self.streak += 1
+        if self.streak < (rise if passed else fall) and not first:
+            return False
+        self.healthy = passed
+        self.streak = 0
+        return True
+
+    def answered_in(self, seconds: float, now: float) -> None:
+        """Feed the decaying average of the time to the answer's head; `now` is a monotonic clock's."""
+        if self.average_at:
+            self.average += (seconds - self.average) * AVERAGE_SHARE
+        else:
+            self.average = seconds
+        self.average_at = now
+
+    def expected_time(self, now: float) -> float:
+        """Seconds an answer is expected to take; what was measured long ago counts less and less."""
+        if not self.average_at:
+            return 0.0
+        return self.average * math.pow(2.0, (self.average_at - now) / AVERAGE_HALF_LIFE)
+
+
+def literal_endpoints(host: str, port: int) -> tuple[Endpoint, ...]:
+    """The endpoint of a literal IPv4 or IPv6 address; empty for a name, which takes a look-up that may block."""
+    try:
+        return _endpoints(host, port, socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        return ()
+
+
+def resolve(host: str, port: int, getaddrinfo: Callable[..., list[Any]] = socket.getaddrinfo) -> tuple[Endpoint, ...]:
+    """All endpoints of a name, in the resolver's order. Blocks; raises OSError where it does not resolve."""
+    return _endpoints(host, port, 0, getaddrinfo)
+
+
+def _endpoints(
+    host: str, port: int, flags: int, getaddrinfo: Callable[..., list[Any]] = socket.getaddrinfo
+) -> tuple[Endpoint, ...]:
+    found = getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=flags)
+    return tuple(dict.fromkeys((family, address) for family, _, _, _, address in found))

@@ -1,0 +1,920 @@
+"""One client connection in HTTP mode: a sequence of exchanges, each balanced by itself.
+
+All of this runs on the reactor's thread, save for the pumps that it starts. An exchange goes
+
+    IDLE -> SEEKING -> WAITING -> ANSWERING -> IDLE again, or LINGERING, or closed
+            a backend  its answer's  the answer's
+                       head          body
+
+and a granted Upgrade goes from WAITING to TUNNEL. The request's body goes its own way beside this: it is `_up_body`
+while some of it is missing, however far the answer is.
+
+A body takes turns on the reactor as long as it is short and neither side makes the other wait; beyond TURNS octets, or
+when the receiver does not take what it is offered, the direction is handed to a pump. While `_up_pump` or `_down_pump`
+is set, that thread owns the direction, and nothing here receives from its source or sends to its sink; the sockets are
+closed when both have reported back.
+
+A request is sent again, to the same or another backend, only while nothing of an answer has come and all of the
+request is in `_up_first`; see `_no_answer`.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Final
+
+from balancer.backend import Backend
+from balancer.config import format_address
+from balancer.framing import LAST_CHUNK, Body, CloseBody, Encoder, FramingError, LengthBody, as_chunk, as_is, body_of
+from balancer.frontend import Frontend
+from balancer.http1 import (
+    CHUNKED,
+    Answer,
+    BadAnswer,
+    HttpError,
+    Request,
+    RequestReader,
+    answer_head,
+    interim_head,
+    own_answer,
+)
+from balancer.pump import End, Flow, relay_body, wait_at_most
+from balancer.reactor import NEVER, READ, Reactor
+from balancer.tcp_session import tunnel_code
+from balancer.tunnel import Tunnel
+from balancer.upstream import Attempt, Upstream
+
+DONTWAIT: Final = socket.MSG_DONTWAIT
+RECEIVE: Final = 65536  # octets asked for at once
+TURNS: Final = 65536  # octets of one body that the reactor moves itself
+PIPELINED: Final = 65536  # octets of further requests that are taken in while one is being answered
+LINGER: Final = 2.0  # seconds that a client is given to read the last answer and close
+LONGEST_LOGGED: Final = 1024  # octets of a request line that could not be parsed
+
+IDLE: Final = "idle"  # no request, or the beginning of one
+SEEKING: Final = "seeking"  # no connection to a backend yet
+WAITING: Final = "waiting"  # for the head of the answer
+ANSWERING: Final = "answering"  # the answer's body is on its way
+ANSWERED: Final = "answered"  # but the request's body is not through
+TUNNEL: Final = "tunnel"
+LINGERING: Final = "lingering"  # half-closed; what still comes is dropped
+CUT: Final = "cut"  # in the middle of an answer, which must not look complete
+ENDING: Final = "ending"  # over, but for the pumps, which have not reported back yet
+CLOSED: Final = "closed"
+
+_RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
+
+
+class HttpSession:
+    """Accepted by the listener, and closed here."""
+
+    __slots__ = (
+        "_answer",
+        "_answer_buffer",
+        "_answered_after",
+        "_began",
+        "_buffer",
+        "_client",
+        "_close_framed",
+        "_code",
+        "_connected_after",
+        "_down_body",
+        "_down_encode",
+        "_down_pump",
+        "_fd",
+        "_front",
+        "_number",
+        "_octets_in",
+        "_octets_out",
+        "_persistent",
+        "_reactor",
+        "_reader",
+        "_reading",
+        "_request",
+        "_request_id",
+        "_sock",
+        "_state",
+        "_status",
+        "_told",
+        "_tunnel",
+        "_up_body",
+        "_up_encode",
+        "_up_failed",
+        "_up_first",
+        "_up_pump",
+        "_up_replayable",
+        "_upstream",
+        "attempt",
+        "client_ip",
+        "deadline",
+        "tried",
+    )
+
+    def __init__(self, front: Frontend, sock: socket.socket, address: tuple[str, int], number: int) -> None:
+        self._front = front
+        self._reactor = front.reactor
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._number = number
+        self._client = format_address(address[0], address[1])
+        self.client_ip = address[0]
+        self._reader = RequestReader(address[0].encode(), front.proto, front.authority, front.head_limits)
+        self._reading = False  # is the client's descriptor registered?
+        self._state = IDLE
+        self._buffer = b""  # what came from the client and is not consumed: a head begun, or pipelined requests
+        self.deadline = NEVER
+        self.attempt: Attempt | None = None
+        self.tried: list[Backend] = []
+        self._upstream: Upstream | None = None
+        self._tunnel: Tunnel | None = None
+        self._up_pump: Flow | None = None
+        self._down_pump: Flow | None = None
+        self._request: Request | None = None
+        self._begin_exchange()
+
+    def _begin_exchange(self) -> None:
+        """Forget the last exchange."""
+        self._began = NEVER  # when the request's first octet was there
+        self._connected_after = -1.0
+        self._answered_after = -1.0
+        self._octets_in = 0
+        self._octets_out = 0
+        self._status = 0
+        self._code = "--"
+        self._request_id = ""
+        self._answer: Answer | None = None
+        self._answer_buffer = b""
+        self._up_body: Body | None = None  # while octets of the request's body are missing
+        self._up_first = b""  # of the body, framed: goes with the head
+        self._up_replayable = True  # is all that was sent of the body in `_up_first`?
+        self._up_failed = False  # the backend takes no more of the body
+        self._down_body: Body | None = None  # of the answer, unless it came whole with its head
+        self._told = False  # did we answer ourselves?
+        self._close_framed = False  # does only the close tell the client where the answer's body ends?
+
+    # ---- what the listener asks -------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        reactor = self._reactor
+        self.deadline = reactor.now + self._front.timeouts.client_idle
+        reactor.timed.add(self)
+        self._resume_reading()
+
+    def drain(self) -> None:
+        """No further request but one: a client that is about to send one learns from its answer that it was the last."""
+        if self._state is not IDLE:
+            self._persistent = False
+        elif not self._buffer:
+            self.deadline = min(self.deadline, self._reactor.now + self._front.drain_grace)
+
+    def kill(self) -> None:
+        if self._tunnel is not None:
+            self._tunnel.kill()
+        elif self._state is IDLE or self._state is LINGERING:
+            self._close()
+        elif self._state is not CLOSED:
+            self._cut("K")
+
+    # ---- the reactor's calls ----------------------------------------------------------------------------------
+
+    def on_client(self, mask: int) -> None:
+        """The client's socket is readable: requests, the body of one, or its end."""
+        try:
+            data = self._sock.recv(RECEIVE, DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._client_lost()
+            return
+        if not data:
+            self._client_ended()
+        elif self._state is IDLE:
+            self._buffer = self._buffer + data if self._buffer else data
+            self._next_request()
+        elif self._up_body is not None:
+            self._upload(data)
+        elif self._state is not LINGERING:
+            self._buffer += data
+            if len(self._buffer) > PIPELINED:
+                self._stop_reading()
+
+    def on_backend(self, mask: int) -> None:
+        """The backend's socket is readable: the answer's head, its body, or the end of both."""
+        upstream = self._upstream
+        assert upstream is not None
+        try:
+            data = upstream.sock.recv(RECEIVE, DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            if self._state is ANSWERING:
+                self._cut("S")
+                return
+            data = b""
+        if self._state is WAITING:
+            if data:
+                self._read_answer(data)
+            else:
+                self._no_answer()
+        elif self._state is ANSWERING:
+            self._download(data)
+        else:
+            # The answer is complete, only the request's body is not: a backend that closes wants no more of it.
+            self._up_failed = True
+            self._reactor.remove(upstream.fd)
+            if self._up_pump is not None:
+                _shut(upstream.sock, socket.SHUT_WR)
+            else:
+                self._finish_exchange()
+
+    def expired(self, now: float) -> None:
+        state = self._state
+        if state is IDLE:
+            if self._buffer:
+                self._refuse(HttpError(408, "the request's head did not end in time"), "cR")
+            else:
+                self._close()
+        elif state is SEEKING:
+            self._front.upstreams.cancel(self)
+            self.unserved(503, "sQ", "no backend became free in time")
+        elif state is WAITING:
+            if self._up_body is not None and not self._waits_for_continue:
+                self._fail(408, "cD", "the request's body did not come in time")
+            else:
+                self._fail(504, "sH", f"backend {self._backend_id} did not answer in time")
+        elif state is ANSWERING:
+            self._cut("s")
+        elif state is ANSWERED:
+            self._up_failed = True
+            self._finish_exchange()
+        else:
+            self._close()
+
+    def crashed(self, error: Exception) -> None:
+        """A bug: this exchange is lost, and nothing else is."""
+        if self._state is CLOSED:
+            return
+        if self._state in (SEEKING, WAITING) and not self._octets_out:
+            self._fail(500, "IH", "an error within the balancer")
+        else:
+            self._cut("I")
+
+    # ---- the request ------------------------------------------------------------------------------------------
+
+    def _next_request(self) -> None:
+        """Begin the exchange that the buffer begins with, if the head is whole."""
+        if self._state is not IDLE:
+            return
+        reactor = self._reactor
+        if self._began is NEVER:
+            self._began = reactor.now
+        try:
+            found = self._reader.read(self._buffer)
+        except HttpError as error:
+            self._refuse(error, "PR")
+            return
+        if found is None:
+            self.deadline = self._began + self._front.timeouts.request_head
+            return
+        request, length = found
+        rest = self._buffer[length:]
+        self._request = request
+        self._persistent = request.persistent and not self._front.draining
+        self._state = SEEKING
+        self.deadline = NEVER
+        if request.length == 0:
+            self._buffer = rest
+        elif not self._begin_body(request, rest):
+            return
+        self.tried = []
+        upstream = self._front.upstreams.obtain(self)
+        if upstream is not None:
+            self.connected(upstream)
+
+    def _begin_body(self, request: Request, data: bytes) -> bool:
+        """Take what is already there of the body. False when it broke its framing and was refused."""
+        self._buffer = b""
+        body = body_of(request.length)
+        self._up_body = body
+        self._up_encode: Encoder = as_chunk if request.length == CHUNKED else as_is
+        if data:
+            try:
+                content = body.feed(data)
+            except FramingError as error:
+                self._refuse(HttpError(400, str(error)), "PR")
+                return False
+            self._octets_in = len(content)
+            self._up_first = self._up_encode(content)
+            if body.done:
+                self._body_complete(body)
+                if request.length == CHUNKED:
+                    self._up_first += LAST_CHUNK
+        return True
+
+    def _body_complete(self, body: Body) -> None:
+        self._up_body = None
+        self._buffer += body.rest
+
+    @property
+    def _waits_for_continue(self) -> bool:
+        return self._request is not None and self._request.expect and self._octets_in == 0
+
+    def connected(self, upstream: Upstream) -> None:
+        """There is a connection: send the head and what there is of the body."""
+        self._upstream = upstream
+        request = self._request
+        assert request is not None
+        reactor = self._reactor
+        if upstream.reused:
+            if not request.idempotent and upstream.is_stale():
+                # Once octets of it have left it may not be sent again, so look before.
+                self._front.upstreams.renew(self, upstream)
+                return
+        self._connected_after = reactor.now - self._began
+        data = request.head + self._up_first if self._up_first else request.head
+        try:
+            sent = upstream.sock.send(data, DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._state = WAITING
+            self._no_answer()
+            return
+        self._state = WAITING
+        if self._up_body is not None and not self._waits_for_continue:
+            self.deadline = reactor.now + self._front.timeouts.client
+        else:
+            self.deadline = reactor.now + self._front.timeouts.server
+        if sent < len(data):
+            self._pump_up(data[sent:])
+        elif not self._reading and self._up_body is not None:
+            self._resume_reading()
+
+    def unserved(self, status: int, code: str, reason: str) -> None:
+        """No backend for this request."""
+        self._fail(status, code, reason)
+
+    # ---- the request's body -----------------------------------------------------------------------------------
+
+    def _upload(self, data: bytes) -> None:
+        """A turn of the request's body on the reactor."""
+        body = self._up_body
+        assert body is not None
+        try:
+            content = body.feed(data)
+        except FramingError as error:
+            self._bad_upload(str(error))
+            return
+        self._octets_in += len(content)
+        framed = self._up_encode(content)
+        if body.done:
+            self._body_complete(body)
+            if self._up_encode is as_chunk:
+                framed += LAST_CHUNK
+        upstream = self._upstream
+        if upstream is None:
+            # Still connecting: it goes with the head, and the client is not listened to for a while.
+            self._up_first += framed
+            if len(self._up_first) > TURNS:
+                self._stop_reading()
+            return
+        self._up_replayable = False
+        sent = len(framed)
+        if not self._up_failed:
+            try:
+                sent = upstream.sock.send(framed, DONTWAIT)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                # The backend takes no more, but may still answer; the client is read on, so that it can hear that.
+                self._up_failed = True
+        if sent < len(framed) or (self._up_body is not None and self._octets_in > TURNS and not self._up_failed):
+            self._pump_up(framed[sent:])
+        elif self._up_body is None or self._up_failed:
+            self._upload_complete()
+        elif self._state is WAITING:
+            self.deadline = self._reactor.now + self._front.timeouts.client
+
+    def _pump_up(self, first: bytes) -> None:
+        """Hand the rest of the request to a pump: what could not be sent, then what still comes from the client."""
+        upstream = self._upstream
+        assert upstream is not None
+        self._up_replayable = False
+        self._stop_reading()
+        self.deadline = NEVER
+        flow = Flow(self._sock, upstream.sock)
+        body = self._up_body or LengthBody(0)
+        last = LAST_CHUNK if self._up_body is not None and self._up_encode is as_chunk else b""
+        timeouts = self._front.timeouts
+        wait_at_most(flow.source, flow.sink, timeouts.client, timeouts.server)
+        encode = self._up_encode if self._up_body is not None else as_is
+        work = partial(relay_body, flow, body, encode, first, last)
+        self._up_pump = flow
+        if not self._run_pump("up", work, self._up_pump_ended):
+            self._up_pump = None
+            self._fail(503, "RH", "no thread for the request's body")
+
+    def _up_pump_ended(self) -> None:
+        flow = self._up_pump
+        assert flow is not None
+        self._up_pump = None
+        self._octets_in += flow.octets
+        if self._state is ENDING:
+            self._close_exchange()
+            return
+        end = flow.end
+        if end is End.DONE:
+            if self._up_body is not None:
+                self._body_complete(self._up_body)
+            self._resume_reading()
+            self._upload_complete()
+        elif end is End.SINK_LOST:
+            # The backend takes no more. Its answer may be on its way, and the client may still be sending.
+            self._up_failed = True
+            self._resume_reading()
+            self._upload_complete()
+        elif end is End.SINK_STUCK:
+            self._fail(504, "sD", f"backend {self._backend_id} does not take the request's body")
+        elif end is End.BAD:
+            self._bad_upload(flow.problem)
+        elif end is End.SILENT:
+            self._fail(408, "cD", "the request's body did not come in time")
+        else:
+            self._fail(400, "CD", "the request's body ended before its end")
+
+    def _upload_complete(self) -> None:
+        """Nothing more of the request will be sent to the backend."""
+        if self._state is ANSWERED:
+            self._finish_exchange()
+        elif self._state is WAITING:
+            self.deadline = min(self.deadline, self._reactor.now + self._front.timeouts.server)
+
+    def _bad_upload(self, problem: str) -> None:
+        self._fail(400, "PD", problem)
+
+    # ---- the answer -------------------------------------------------------------------------------------------
+
+    def _read_answer(self, data: bytes) -> None:
+        upstream, request = self._upstream, self._request
+        assert upstream is not None and request is not None
+        buffer = self._answer_buffer + data if self._answer_buffer else data
+        try:
+            found = upstream.backend.answers.read(buffer)
+            while found is not None and found[0].status < 200:
+                answer, length = found
+                if answer.status == 101:
+                    self._begin_tunnel(answer, buffer[length:])
+                    return
+                if request.minor and not self._send_interim(answer):
+                    return
+                buffer = buffer[length:]
+                found = upstream.backend.answers.read(buffer) if buffer else None
+        except BadAnswer as error:
+            self._fail(502, "PH", error.reason)
+            return
+        if found is None:
+            self._answer_buffer = buffer
+            return
+        self._answer_buffer = b""
+        answer, length = found
+        self._answer = answer
+        self._status = answer.status
+        self._answered_after = self._reactor.now - self._began
+        upstream.backend.answered_in(self._answered_after - self._connected_after, self._reactor.now)
+        if len(buffer) - length == answer.length and self._is_plain(answer, request):
+            # The common case: all of it is here, and everybody stays connected.
+            body = buffer[length:]
+            out = answer.plain + body
+            try:
+                sent = self._sock.send(out, DONTWAIT)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self._client_lost()
+                return
+            self._octets_out = answer.length
+            if sent == len(out):
+                self._finish_exchange()
+            else:
+                self._state = ANSWERING
+                self._down_body = LengthBody(0)
+                self._down_encode = as_is
+                self._pump_down(out[sent:], b"")
+            return
+        self._begin_answer(answer, request, buffer[length:])
+
+    def _is_plain(self, answer: Answer, request: Request) -> bool:
+        """May `answer.plain` and the whole body be sent as they are, and the connection stay?"""
+        return (
+            answer.plain != b""
+            and self._persistent
+            and self._up_body is None
+            and self._up_pump is None
+            and not self._up_failed
+            and request.minor == 1
+            and request.method != b"HEAD"
+            and answer.status not in (204, 304)
+        )
+
+    def _begin_answer(self, answer: Answer, request: Request, rest: bytes) -> None:
+        """The general case: work out both framings, send the head, and begin with the body."""
+        bodiless = request.method == b"HEAD" or answer.status in (204, 304)
+        length = 0 if bodiless else answer.length
+        framing: int | None = length
+        encode = as_is
+        if bodiless:
+            framing = None if answer.length < 0 or answer.status == 204 else answer.length
+        elif length < 0:
+            if request.minor:
+                framing = CHUNKED
+                encode = as_chunk
+            else:
+                framing = None
+                self._close_framed = True
+        if self._up_body is not None or self._up_pump is not None or self._up_failed or self._close_framed:
+            self._persistent = False
+        if self._front.draining:
+            self._persistent = False
+        body = body_of(length)
+        try:
+            content = body.feed(rest)
+        except FramingError as error:
+            self._fail(502, "PH", f"in the answer of backend {self._backend_id}: {error}")
+            return
+        self._state = ANSWERING
+        self._down_body = body
+        self._down_encode = encode
+        self._octets_out = len(content)
+        head = answer_head(answer, framing, request.minor, self._persistent, time.time())
+        self._send_down(head + encode(content))
+
+    def _download(self, data: bytes) -> None:
+        """A turn of the answer's body on the reactor. No data means that the backend has closed."""
+        body = self._down_body
+        assert body is not None
+        content = b""
+        try:
+            if data:
+                content = body.feed(data)
+            else:
+                body.eof()
+        except FramingError:
+            self._cut("P" if data else "S")
+            return
+        self._octets_out += len(content)
+        self._send_down(self._down_encode(content))
+
+    def _send_down(self, out: bytes) -> None:
+        """Send the client a piece of the answer, and go on as that and the body's state demand."""
+        body = self._down_body
+        assert body is not None
+        last = LAST_CHUNK if self._down_encode is as_chunk else b""
+        if body.done and last:
+            out += last
+            last = b""
+        sent = 0
+        if out:
+            try:
+                sent = self._sock.send(out, DONTWAIT)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self._client_lost()
+                return
+        if sent < len(out) or (not body.done and self._octets_out > TURNS):
+            self._pump_down(out[sent:], last)
+        elif body.done:
+            self._finish_exchange()
+        else:
+            self.deadline = self._reactor.now + self._front.timeouts.server
+
+    def _pump_down(self, first: bytes, last: bytes) -> None:
+        """Hand the rest of the answer to a pump."""
+        upstream, body = self._upstream, self._down_body
+        assert upstream is not None and body is not None
+        self.deadline = NEVER
+        self._reactor.remove(upstream.fd)
+        flow = Flow(upstream.sock, self._sock)
+        timeouts = self._front.timeouts
+        wait_at_most(flow.source, flow.sink, timeouts.server, timeouts.client)
+        work = partial(relay_body, flow, body, self._down_encode, first, last)
+        self._down_pump = flow
+        if not self._run_pump("down", work, self._down_pump_ended):
+            self._down_pump = None
+            self._cut("R")
+
+    def _down_pump_ended(self) -> None:
+        flow, upstream = self._down_pump, self._upstream
+        assert flow is not None and upstream is not None
+        self._down_pump = None
+        self._octets_out += flow.octets
+        if self._state is ENDING:
+            self._close_exchange()
+            return
+        end = flow.end
+        if end is End.DONE:
+            self._reactor.add(upstream.fd, READ, self.on_backend)
+            self._finish_exchange()
+        else:
+            self._cut(_CUT_BY[end])
+
+    def _send_interim(self, answer: Answer) -> bool:
+        """Pass a 1xx on. False when the client could not be told."""
+        self._up_replayable = False  # the client has seen something of this answer
+        head = interim_head(answer)
+        try:
+            if self._sock.send(head, DONTWAIT) == len(head):
+                return True
+        except BlockingIOError:
+            self._cut("c")
+        except OSError:
+            self._client_lost()
+        else:
+            self._cut("c")
+        return False
+
+    def _no_answer(self) -> None:
+        """The backend closed, and no head came. What was asked may be asked again only if that changes nothing."""
+        upstream, request = self._upstream, self._request
+        assert upstream is not None and request is not None
+        upstreams = self._front.upstreams
+        if self._answer_buffer or not (request.idempotent and self._up_replayable and self._up_body is None):
+            self._fail(502, "SH", f"backend {self._backend_id} closed the connection without an answer")
+            return
+        self._upstream = None
+        self._state = SEEKING
+        self.deadline = NEVER
+        if upstream.reused:
+            upstreams.renew(self, upstream)
+        else:
+            upstreams.seek_another(self, upstream)
+
+    # ---- the end of an exchange -------------------------------------------------------------------------------
+
+    def _finish_exchange(self) -> None:
+        """The answer is complete. When the request is too, log, and turn to the next one."""
+        if self._up_pump is not None or (self._up_body is not None and not self._up_failed):
+            self._state = ANSWERED
+            self.deadline = NEVER if self._up_pump is not None else self._reactor.now + self._front.timeouts.client
+            return
+        upstream, answer, body = self._upstream, self._answer, self._down_body
+        assert upstream is not None and answer is not None
+        whole = self._up_body is None and not self._up_failed
+        self._log()
+        self._upstream = None
+        # Octets behind the answer, or a body that only a close could end, leave nothing to be used again.
+        clean = body is None or (body.done and not body.rest and not isinstance(body, CloseBody))
+        if answer.reusable and whole and clean:
+            self._front.upstreams.keep(upstream)
+        else:
+            self._front.upstreams.discard(upstream)
+        self._go_on(hasty=whole and not self._buffer)
+
+    def _fail(self, status: int, code: str, reason: str) -> None:
+        """Answer the request ourselves, or, if an answer has begun, cut it."""
+        if self._state in (ANSWERING, ANSWERED):
+            self._cut(code[0])
+            return
+        self._front.upstreams.cancel(self)
+        if self._up_body is not None or self._up_pump is not None or status < 500:
+            self._persistent = False
+        self._code = code
+        self._answer_ourselves(status, reason)
+        self._end_exchange()
+
+    def _refuse(self, error: HttpError, code: str) -> None:
+        """Refuse what is no request. Nothing of it has reached a backend."""
+        self._persistent = False
+        self._code = code
+        self._answer_ourselves(error.status, error.reason)
+        self._end_exchange()
+
+    def _answer_ourselves(self, status: int, reason: str) -> None:
+        request = self._request
+        self._status = status
+        self._request_id = self._front.request_id()
+        answer = own_answer(
+            status,
+            reason,
+            self._request_id,
+            time.time(),
+            persistent=self._persistent,
+            minor=request.minor if request else 1,
+            body=request is None or request.method != b"HEAD",
+        )
+        self._told = True
+        self._octets_out = len(answer) - answer.index(b"\r\n\r\n") - 4
+        try:
+            if self._sock.send(answer, DONTWAIT) < len(answer):
+                self._persistent = False
+        except OSError:
+            self._persistent = False  # it does not listen any more, so there is nobody to tell
+
+    def _cut(self, who: str) -> None:
+        """End the exchange in the middle. `who` is the first letter of its termination code."""
+        if self._state is ENDING:
+            return
+        self._front.upstreams.cancel(self)
+        self._code = who + _PHASES.get(self._state, "D")
+        self._persistent = False
+        if self._close_framed:
+            # A close is all that tells this client where the body ends, so it must not look like one.
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        self._state = CUT
+        self._end_exchange()
+
+    def _end_exchange(self) -> None:
+        """Whatever still runs for this exchange ends; then it is closed."""
+        if self._up_pump is None and self._down_pump is None:
+            self._close_exchange()
+            return
+        cut = self._state is CUT
+        self._state = ENDING
+        self.deadline = NEVER
+        if self._upstream is not None:
+            _shut(self._upstream.sock, socket.SHUT_RDWR)
+        _shut(self._sock, socket.SHUT_RDWR if cut else socket.SHUT_RD)
+
+    def _close_exchange(self) -> None:
+        """Log it, close the backend's side, and turn to whatever is left to say to the client."""
+        if self._up_pump is not None or self._down_pump is not None:
+            return  # the other one has not reported back yet
+        self._log()
+        if self._upstream is not None:
+            self._front.upstreams.discard(self._upstream)
+            self._upstream = None
+        if self._told:
+            self._go_on(hasty=False)
+        else:
+            self._close()
+
+    def _go_on(self, *, hasty: bool) -> None:
+        """The exchange is over: rest, or close. `hasty`: the client has said nothing that was not answered."""
+        if self._persistent:
+            self._rest()
+        elif hasty and self._request is not None and not self._request.persistent:
+            self._close()  # the client knows that this was the last, and a close loses nothing
+        else:
+            self._linger()
+
+    def _rest(self) -> None:
+        """Wait for the next request, or begin with the one that is there already."""
+        self._state = IDLE
+        self._request = None
+        self._begin_exchange()
+        if not self._reading:
+            self._resume_reading()
+        if self._buffer:
+            # Not from here: a client may have sent thousands of requests at once, each a level of recursion.
+            self._reactor.defer(self._next_request)
+        else:
+            self.deadline = self._reactor.now + self._front.timeouts.client_idle
+            if self._front.draining:
+                self.drain()
+
+    def _linger(self) -> None:
+        """A staged close (RFC 9112 section 9.6): a reset would destroy what the client has not read yet."""
+        self._state = LINGERING
+        self._buffer = b""
+        self.deadline = self._reactor.now + LINGER
+        _shut(self._sock, socket.SHUT_WR)
+        if not self._reading:
+            self._resume_reading()
+
+    def _close(self) -> None:
+        self._state = CLOSED
+        self._stop_reading()
+        self._reactor.timed.discard(self)
+        self._sock.close()
+        self._front.on_closed(self)
+
+    def _client_lost(self) -> None:
+        """The client reset the connection."""
+        if self._state is LINGERING or (self._state is IDLE and not self._buffer):
+            self._close()
+        elif self._state is not ENDING:
+            self._cut("C")
+
+    def _client_ended(self) -> None:
+        """The client sends no more. That cancels nothing that it asked for whole (RFC 9112 section 9.6)."""
+        if self._state is LINGERING or (self._state is IDLE and not self._buffer):
+            self._close()
+        elif self._state is IDLE:
+            self._refuse(HttpError(400, "the connection ended within the head"), "CR")
+        elif self._up_body is not None:
+            self._fail(400, "CD", "the request's body ended before its end")
+        else:
+            self._stop_reading()
+
+    # ---- a granted Upgrade ------------------------------------------------------------------------------------
+
+    def _begin_tunnel(self, answer: Answer, first: bytes) -> None:
+        upstream, request = self._upstream, self._request
+        assert upstream is not None and request is not None
+        if not request.upgrade or self._up_body is not None or self._up_pump is not None:
+            self._fail(502, "PH", f"backend {self._backend_id} switched to a protocol that nobody asked for")
+            return
+        self._answered_after = self._reactor.now - self._began
+        self._status = 101
+        if not self._send_interim(answer):
+            return
+        self._state = TUNNEL
+        self.deadline = NEVER
+        self._stop_reading()
+        self._reactor.remove(upstream.fd)
+        self._tunnel = Tunnel(
+            self._reactor,
+            self._front.pumps,
+            self._sock,
+            upstream.sock,
+            name=f"conn-{self._number}",
+            idle=self._front.timeouts.tunnel,
+            on_end=self._tunnel_ended,
+        )
+        self._tunnel.start(up_first=self._buffer, down_first=first)
+
+    def _tunnel_ended(self, tunnel: Tunnel) -> None:
+        self._tunnel = None
+        self._octets_in = tunnel.up.flow.octets
+        self._octets_out = tunnel.down.flow.octets
+        self._code = tunnel_code(tunnel)
+        self._state = CUT
+        self._close_exchange()
+
+    # ---- small things -----------------------------------------------------------------------------------------
+
+    @property
+    def _backend_id(self) -> str:
+        if self._upstream is not None:
+            return self._upstream.backend.id
+        return self.tried[-1].id if self.tried else "-"
+
+    def _run_pump(self, way: str, work: Callable[[], None], ended: Callable[[], None]) -> bool:
+        """Start a pump that reports back to `ended`. False when there is no thread for it."""
+        try:
+            self._front.pumps.run(f"conn-{self._number}-{way}", partial(_pump, work, self._reactor, ended))
+        except RuntimeError:
+            return False
+        return True
+
+    def _stop_reading(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._reactor.remove(self._fd)
+
+    def _resume_reading(self) -> None:
+        if not self._reading:
+            self._reading = True
+            self._reactor.add(self._fd, READ, self.on_client)
+
+    def _log(self) -> None:
+        request = self._request
+        self._front.record(
+            (
+                time.time(),
+                self._client,
+                request.line if request is not None else self._buffer.partition(b"\r\n")[0][:LONGEST_LOGGED],
+                self._status,
+                self._octets_out,
+                self._backend_id,
+                -1.0,
+                self._connected_after,
+                self._answered_after,
+                self._reactor.now - self._began,
+                self._code,
+                len(self.tried) + (self._upstream is not None),
+                self._request_id,
+                self._octets_in,
+            )
+        )
+
+
+def _pump(work: Callable[[], None], reactor: Reactor, ended: Callable[[], None]) -> None:
+    """The body of a pump's thread: whatever happens, the session hears that it is over."""
+    try:
+        work()
+    finally:
+        reactor.call_soon(ended)
+
+
+def _shut(sock: socket.socket, how: int) -> None:
+    with suppress(OSError):  # it is gone already
+        sock.shutdown(how)
+
+
+# How the end of a pump that moved an answer is told: by the first letter of the code.
+_CUT_BY: Final = {
+    End.CUT: "S",
+    End.SOURCE_LOST: "S",
+    End.SILENT: "s",
+    End.BAD: "P",
+    End.SINK_LOST: "C",
+    End.SINK_STUCK: "c",
+}
+# Where it ended: the second letter.
+_PHASES: Final = {IDLE: "R", SEEKING: "C", WAITING: "H", ANSWERING: "D", ANSWERED: "D", TUNNEL: "D"}

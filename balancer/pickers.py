@@ -1,0 +1,229 @@
+"""The policies: which of the available backends gets the next piece of work.
+
+A picker is a tiny object that proposes. `pick(candidates, client)` is given a non-empty sequence of available
+backends and the client's address as text, and returns one of them. It runs under the pool's lock, so it needs none of
+its own and must not block. A retry asks again with fewer candidates. As long as nobody joins, leaves or fills up, the
+pool passes the very same object, so whatever a picker prepares for a set of candidates is kept until that changes.
+Positions live on the backends (`turn`, `active`, `average`), so a reload or another policy loses none of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import importlib.util
+import math
+import random
+import time
+from bisect import bisect
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+from balancer.backend import Backend
+
+Candidates = Sequence[Backend]
+
+
+class Picker(Protocol):
+    """What the pool asks for the next backend."""
+
+    def pick(self, candidates: Candidates, client: str) -> Backend: ...
+
+
+class RoundRobin:
+    """Smooth weighted round robin, strict: equal weights give 1 2 3 1 2 3.
+
+    Each backend has a next turn in virtual time, and a pick moves it on by the inverse of its weight; the earliest
+    turn is next (earliest deadline first, as in Envoy: O(log n), and independent of how often the set changes).
+    """
+
+    STRIDE = math.lcm(*range(1, 21)) * 2  # divisible by the weights people use, so that ties are exact
+
+    def __init__(self) -> None:
+        self._seen: Candidates | None = None
+        self._heap: list[tuple[int, int, Backend]] = []
+        self._now = 0
+
+    def pick(self, candidates: Candidates, client: str) -> Backend:
+        if candidates is not self._seen:
+            self._arrange(candidates)
+        turn, order, backend = self._heap[0]
+        self._now = turn
+        backend.turn = turn + self.STRIDE // backend.weight
+        heapq.heapreplace(self._heap, (backend.turn, order, backend))
+        return backend
+
+    def _arrange(self, candidates: Candidates) -> None:
+        for backend in candidates:
+            if backend.turn <= self._now - self.STRIDE // backend.weight or not backend.turn:
+                # It was away for more than a turn: it joins half a turn from here, and makes up for nothing.
+                backend.turn = self._now + self.STRIDE // (2 * backend.weight)
+        self._heap = [(backend.turn, backend.order, backend) for backend in candidates]
+        heapq.heapify(self._heap)
+        self._seen = candidates
+
+
+class LeastConnections:
+    """The fewest pieces of work in hand for its weight; ties at random, so that idle backends share."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+
+    def pick(self, candidates: Candidates, client: str) -> Backend:
+        least = math.inf
+        ties: list[Backend] = []
+        for backend in candidates:
+            load = backend.active / backend.weight
+            if load < least:
+                least = load
+                ties = [backend]
+            elif load == least:
+                ties.append(backend)
+        return ties[0] if len(ties) == 1 else ties[int(self._rng.random() * len(ties))]
+
+
+class Random:
+    """Any of them, as often as its weight says."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._seen: Candidates | None = None
+        self._bounds: list[int] = []
+
+    def pick(self, candidates: Candidates, client: str) -> Backend:
+        if candidates is not self._seen:
+            self._bounds = list(accumulate(backend.weight for backend in candidates))
+            self._seen = candidates
+        return candidates[bisect(self._bounds, self._rng.random() * self._bounds[-1])]
+
+
+class PowerOfTwo:
+    """The less loaded of two taken at random (Mitzenmacher 2001): nearly as even as all, at the cost of two."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+
+    def pick(self, candidates: Candidates, client: str) -> Backend:
+        count = len(candidates)
+        first = int(self._rng.random() * count)
+        if count == 1:
+            return candidates[first]
+        second = int(self._rng.random() * (count - 1))
+        one, other = candidates[first], candidates[second + (second >= first)]
+        return one if one.active * other.weight <= other.active * one.weight else other
+
+
+class IpHash:
+    """Rendezvous hashing of the client's address: a backend that leaves moves only its own clients.
+
+    Each backend draws a number from the hash of (its id, client), the highest wins; weights bend the draw as in
+    Schindelhauer and Schomaker's weighted rendezvous. Hashes do not depend on the process, so restarts change nothing.
+    """
+
+    REMEMBERED = 16384  # clients whose backend is not computed again
+
+    def __init__(self) -> None:
+        self._seen: Candidates | None = None
+        self._homes: dict[str, Backend] = {}
+
+    def pick(self, candidates: Candidates, client: str) -> Backend:
+        if candidates is not self._seen or len(self._homes) >= self.REMEMBERED:
+            self._homes = {}
+            self._seen = candidates
+        home = self._homes.get(client)
+        if home is None:
+            home = self._homes[client] = max(candidates, key=lambda backend: self._draw(backend, client))
+        return home
+
+    @staticmethod
+    def _draw(backend: Backend, client: str) -> float:
+        digest = hashlib.blake2b(f"{backend.id}\n{client}".encode(), digest_size=8).digest()
+        return -backend.weight / math.log((int.from_bytes(digest, "big") + 0.5) / 2**64)
+
+
+class LeastTime:
+    """The least expected wait: a decaying average of the time to the answer's head, times the work in hand."""
+
+    def __init__(self, rng: random.Random, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._fallback = LeastConnections(rng)
+
+    def pick(self, candidates: Candidates, client: str) -> Backend:
+        now = self._clock()
+        least = math.inf
+        ties: list[Backend] = []
+        for backend in candidates:
+            wait = backend.expected_time(now) * (backend.active + 1) / backend.weight
+            if wait < least:
+                least = wait
+                ties = [backend]
+            elif wait == least:
+                ties.append(backend)
+        return self._fallback.pick(ties, client)
+
+
+class Custom:
+    """A user's own policy: a Python file with `def select_server(backends, client)`.
+
+    It is given the available backends (each with `id`, `host`, `port`, `weight`, `active`, `average`) and the
+    client's address, and returns one of them. A mistake in it costs no request: it is reported once, and round robin
+    answers instead. Raises ValueError with a line for people when the file cannot be used at all.
+    """
+
+    def __init__(self, path: Path, report: Callable[[str], None]) -> None:
+        self._path = path
+        self._report: Callable[[str], None] | None = report
+        self._fallback = RoundRobin()
+        self._select = self._load(path)
+
+    @staticmethod
+    def _load(path: Path) -> Callable[[Candidates, str], Backend]:
+        spec = importlib.util.spec_from_file_location("lb_policy", path)
+        if spec is None or spec.loader is None:
+            raise ValueError(f"{path}: not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:  # whatever a user's file may raise
+            raise ValueError(f"{path}: cannot be loaded: {type(error).__name__}: {error}") from None
+        select = getattr(module, "select_server", None)
+        if not callable(select):
+            raise ValueError(f"{path}: must have a function select_server(backends, client)")
+        return select  # type: ignore[no-any-return]
+
+    def pick(self, candidates: Candidates, client: str) -> Backend:
+        try:
+            chosen = self._select(candidates, client)
+            if any(chosen is backend for backend in candidates):
+                return chosen
+            problem = f"returned {chosen!r}, which is no available backend"
+        except Exception as error:  # a user's file may raise anything, and no request may pay for it
+            problem = f"raised {type(error).__name__}: {error}"
+        if self._report is not None:
+            self._report(f"policy {self._path.name}: select_server {problem}; round robin answers instead")
+            self._report = None
+        return self._fallback.pick(candidates, client)
+
+
+def make_picker(
+    algorithm: str,
+    base: Path,
+    report: Callable[[str], None],
+    rng: random.Random | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Picker:
+    """The picker of a policy's name, or of a `.py` file below `base`; ValueError where that file is of no use."""
+    rng = rng or random.Random()
+    if algorithm.endswith(".py"):
+        return Custom(base / algorithm, report)
+    table: dict[str, Callable[[], Picker]] = {
+        "round_robin": RoundRobin,
+        "least_connections": lambda: LeastConnections(rng),
+        "random": lambda: Random(rng),
+        "ip_hash": IpHash,
+        "power_of_two": lambda: PowerOfTwo(rng),
+        "least_time": lambda: LeastTime(rng, clock),
+    }
+    return table[algorithm]()

@@ -1,0 +1,282 @@
+"""One direction of bytes, blocking, on a thread of its own; and the pool of those threads.
+
+While a pump runs it owns the receiving side of `source` and the sending side of `sink`; nobody else may use those.
+It never closes a socket: it says how it ended, and the session, which awaits both directions, closes.
+It ends early when somebody shuts one of the sockets down (`close` in another thread would not wake it).
+
+How long it waits is the kernel's business: SO_RCVTIMEO on the source and SO_SNDTIMEO on the sink cost nothing per call,
+where `settimeout` would poll before each. Sockets stay in blocking mode; the reactor asks for MSG_DONTWAIT per call.
+
+Bytes that need not be looked at move by `os.splice` through a pipe, without being copied. Where there is no splice, or
+no descriptors for a pipe, they are received and sent.
+"""
+
+from __future__ import annotations
+
+import enum
+import fcntl
+import os
+import queue
+import socket
+import struct
+import threading
+from collections.abc import Callable
+
+from balancer.framing import Body, Encoder, FramingError, Truncated, as_is
+
+PIECE = 262144  # octets per call: what a pipe of a splice holds, and what a copy receives at once
+_F_SETPIPE_SZ = 1031  # fcntl.F_SETPIPE_SZ, which Python 3.10 has no name for on every system
+
+
+class End(enum.Enum):
+    """How one direction ended."""
+
+    DONE = "done"  # the end of the body, or of the stream
+    SILENT = "silent"  # nothing came for as long as was agreed
+    CUT = "cut"  # the source closed before the end of the body
+    BAD = "bad"  # the body breaks the rules of its framing
+    SOURCE_LOST = "source lost"  # reset, or shut down by us
+    SINK_LOST = "sink lost"
+    SINK_STUCK = "sink stuck"  # it took nothing for as long as was agreed
+
+
+class Flow:
+    """What a pump moves, and how far it came. `octets` counts what was sent on, without chunk framing."""
+
+    __slots__ = ("end", "octets", "problem", "sink", "source")
+
+    def __init__(self, source: socket.socket, sink: socket.socket) -> None:
+        self.source = source
+        self.sink = sink
+        self.octets = 0
+        self.end = End.DONE
+        self.problem = ""
+
+
+class Pumps:
+    """Threads that are kept for the next piece of work, `idle_seconds` long. At most `limit` at once."""
+
+    def __init__(self, limit: int = 4096, idle_seconds: float = 10.0) -> None:
+        self._lock = threading.Lock()  # guards the counts and the set
+        self._work: queue.SimpleQueue[tuple[str, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._waiting = 0  # threads that wait and are not spoken for
+        self._threads: set[threading.Thread] = set()
+        self._limit = limit
+        self._idle_seconds = idle_seconds
+
+    def __repr__(self) -> str:
+        return f"<Pumps {len(self._threads)} threads, {self._waiting} waiting>"
+
+    @property
+    def threads(self) -> int:
+        return len(self._threads)
+
+    def run(self, name: str, work: Callable[[], None]) -> None:
+        """Run this on a thread called `name`. Raises RuntimeError when no thread can be had."""
+        with self._lock:
+            if self._waiting:
+                self._waiting -= 1
+                self._work.put((name, work))
+                return
+            if len(self._threads) >= self._limit:
+                raise RuntimeError(f"all {self._limit} pump threads are busy")
+            thread = threading.Thread(target=self._serve, args=(name, work), name=name)
+            self._threads.add(thread)
+        try:
+            thread.start()
+        except RuntimeError:
+            with self._lock:
+                self._threads.discard(thread)
+            raise
+
+    def stop(self) -> None:
+        """Wait for the work in hand, which somebody must have ended, and for every thread."""
+        with self._lock:
+            threads = list(self._threads)
+            self._waiting = 0
+            for _ in threads:
+                self._work.put(None)
+        for thread in threads:
+            thread.join()
+
+    def _serve(self, name: str, work: Callable[[], None]) -> None:
+        this = threading.current_thread()
+        try:
+            while True:
+                this.name = name
+                work()
+                this.name = "pump-waiting"
+                with self._lock:
+                    self._waiting += 1
+                order = self._next_order()
+                if order is None:
+                    return
+                name, work = order
+        finally:
+            _close_pipe()
+            with self._lock:
+                self._threads.discard(this)
+
+    def _next_order(self) -> tuple[str, Callable[[], None]] | None:
+        """The next piece of work, or None when it is time to go."""
+        while True:
+            try:
+                return self._work.get(timeout=self._idle_seconds)
+            except queue.Empty:
+                with self._lock:
+                    if self._waiting:
+                        self._waiting -= 1
+                        return None
+                # Every waiting thread is spoken for: an order is on its way to this one.
+
+
+def wait_at_most(source: socket.socket, sink: socket.socket, silence: float, stuck: float) -> None:
+    """Bound how long a pump waits for the source and for the sink, in seconds; 0 is for ever."""
+    source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(silence))
+    sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(stuck))
+
+
+def _timeval(seconds: float) -> bytes:
+    whole = int(seconds)
+    return struct.pack("@ll", whole, int((seconds - whole) * 1_000_000))
+
+
+def relay_body(flow: Flow, body: Body, encode: Encoder, first: bytes = b"", last: bytes = b"") -> None:
+    """Move a message's body: `first` as it is, then the content that `body` finds, encoded, then `last` as it is.
+
+    Nothing behind the body is taken from the source, save what came in one piece with the end of the last chunk, which
+    is in `body.rest`. The result stands in `flow`.
+    """
+    try:
+        if first:
+            _send_all(flow.sink, first)
+        while not body.done:
+            if body.left is not None and encode is as_is:
+                moved = _move(flow, min(PIECE, body.left))
+                if moved:
+                    body.skipped(moved)
+                    continue
+                body.eof()
+            elif data := _receive(flow.source, PIECE):
+                content = body.feed(data)
+                if content:
+                    _send_all(flow.sink, encode(content))
+                    flow.octets += len(content)
+            else:
+                body.eof()
+        if last:
+            _send_all(flow.sink, last)
+    except _Ended as ended:
+        flow.end, flow.problem = ended.end, ended.problem
+    except Truncated as error:
+        flow.end, flow.problem = End.CUT, str(error)
+    except FramingError as error:
+        flow.end, flow.problem = End.BAD, str(error)
+
+
+def relay_stream(flow: Flow, first: bytes = b"") -> None:
+    """Move whatever comes until the source ends, and then half-close the sink, or until the source is silent."""
+    flow.end = End.DONE
+    try:
+        if first:
+            _send_all(flow.sink, first)
+            flow.octets += len(first)
+        while _move(flow, PIECE):
+            pass
+        _half_close(flow.sink)
+    except _Ended as ended:
+        flow.end, flow.problem = ended.end, ended.problem
+
+
+class _Ended(Exception):
+    def __init__(self, end: End, error: OSError) -> None:
+        self.end = end
+        self.problem = error.strerror or str(error)
+
+
+def _receive(source: socket.socket, most: int) -> bytes:
+    try:
+        return source.recv(most)
+    except BlockingIOError as error:  # SO_RCVTIMEO
+        raise _Ended(End.SILENT, error) from None
+    except OSError as error:
+        raise _Ended(End.SOURCE_LOST, error) from None
+
+
+def _send_all(sink: socket.socket, data: bytes) -> None:
+    try:
+        sent = sink.send(data)
+        if sent < len(data):
+            rest = memoryview(data)[sent:]
+            while rest:
+                rest = rest[sink.send(rest) :]
+    except BlockingIOError as error:  # SO_SNDTIMEO
+        raise _Ended(End.SINK_STUCK, error) from None
+    except OSError as error:
+        raise _Ended(End.SINK_LOST, error) from None
+
+
+def _half_close(sink: socket.socket) -> None:
+    try:
+        sink.shutdown(socket.SHUT_WR)
+    except OSError as error:
+        raise _Ended(End.SINK_LOST, error) from None
+
+
+_of_thread = threading.local()  # .pipe: the pump thread's pipe, empty between two moves
+
+
+def _move(flow: Flow, most: int) -> int:
+    """Pass on up to so many octets unread, and count them. 0 at the source's end."""
+    pipe = getattr(_of_thread, "pipe", None) or _open_pipe()
+    if pipe is None:
+        data = _receive(flow.source, most)
+        if data:
+            _send_all(flow.sink, data)
+            flow.octets += len(data)
+        return len(data)
+    outlet, inlet = pipe
+    try:
+        moved = os.splice(flow.source.fileno(), inlet, most)
+    except BlockingIOError as error:
+        raise _Ended(End.SILENT, error) from None
+    except OSError as error:
+        raise _Ended(End.SOURCE_LOST, error) from None
+    left = moved
+    sink = flow.sink.fileno()
+    try:
+        while left:
+            left -= os.splice(outlet, sink, left)
+    except BlockingIOError as error:
+        raise _Ended(End.SINK_STUCK, error) from None
+    except OSError as error:
+        raise _Ended(End.SINK_LOST, error) from None
+    finally:
+        flow.octets += moved - left
+        if left:
+            _close_pipe()  # what lies in it belongs to nobody
+    return moved
+
+
+def _open_pipe() -> tuple[int, int] | None:
+    """A pipe for this thread; None where splice or the descriptors for it are missing."""
+    if not hasattr(os, "splice"):
+        return None
+    try:
+        pipe = os.pipe()
+    except OSError:
+        return None
+    try:
+        fcntl.fcntl(pipe[1], _F_SETPIPE_SZ, PIECE)
+    except PermissionError:
+        pass  # the user's pages for pipes are used up: this one keeps the usual 64 KiB
+    _of_thread.pipe = pipe
+    return pipe
+
+
+def _close_pipe() -> None:
+    pipe = getattr(_of_thread, "pipe", None)
+    if pipe is not None:
+        _of_thread.pipe = None
+        for end in pipe:
+            os.close(end)

@@ -1,0 +1,225 @@
+"""The selector loop: descriptors, deadlines, wake-ups. It knows no protocol.
+
+One thread runs it, and everything registered here is called on that thread. Three things happen to it:
+
+- A descriptor is ready: its handler is called. Readiness is a hint, not a promise (a descriptor may have been closed
+  and its number given to another within one batch), so handlers ask the socket, without blocking.
+- A deadline passes. What has one is a `Timed` in `timed`, with a `deadline` on the reactor's clock that it moves by
+  plain assignment, which is all that a request pays. A sweep a few times a second finds those that are over: the cost
+  is some 50 ns for each connection and sweep, and a deadline is kept to within one `tick`.
+- Another thread says something by `call_soon`: pumps that ended, the health thread, an operator.
+
+A handler that raises loses its own connection and nothing else: `owner.crashed(error)` is its chance to clean up.
+"""
+
+from __future__ import annotations
+
+import select
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+READ = 1  # EPOLLIN
+WRITE = 4  # EPOLLOUT
+HANGUP = 0x18  # EPOLLERR | EPOLLHUP: always reported, whatever was asked for
+NOTHING = 0  # stay registered, for HANGUP alone
+
+NEVER = float("inf")
+
+Handler = Callable[[int], None]  # is given the mask that is ready
+
+
+class Timed(Protocol):
+    """Something with a deadline. Both methods are called on the reactor's thread."""
+
+    deadline: float  # on the reactor's clock; NEVER for none
+
+    def expired(self, now: float) -> None: ...
+
+    def crashed(self, error: Exception) -> None: ...
+
+
+class _Poller(Protocol):
+    def register(self, fd: int, mask: int, /) -> Any: ...
+    def modify(self, fd: int, mask: int, /) -> Any: ...
+    def unregister(self, fd: int, /) -> Any: ...
+    def poll(self, timeout: float | None, /) -> list[tuple[int, int]]: ...
+    def close(self) -> None: ...
+
+
+class _PortablePoller:
+    """select.epoll's four calls on whatever the system has. A mask of NOTHING is not watched at all here."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._silent: set[int] = set()
+
+    def register(self, fd: int, mask: int) -> None:
+        if mask:
+            self._selector.register(fd, self._events(mask))
+        else:
+            self._silent.add(fd)
+
+    def modify(self, fd: int, mask: int) -> None:
+        self.unregister(fd)
+        self.register(fd, mask)
+
+    def unregister(self, fd: int) -> None:
+        if fd in self._silent:
+            self._silent.discard(fd)
+        else:
+            self._selector.unregister(fd)
+
+    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
+        ready = self._selector.select(timeout)
+        return [(key.fd, self._mask(events)) for key, events in ready]
+
+    def close(self) -> None:
+        self._selector.close()
+
+    @staticmethod
+    def _events(mask: int) -> int:
+        return (selectors.EVENT_READ if mask & READ else 0) | (selectors.EVENT_WRITE if mask & WRITE else 0)
+
+    @staticmethod
+    def _mask(events: int) -> int:
+        return (READ if events & selectors.EVENT_READ else 0) | (WRITE if events & selectors.EVENT_WRITE else 0)
+
+
+class Reactor:
+    """The loop. `tick` is how late a deadline may be noticed, in seconds."""
+
+    def __init__(
+        self,
+        *,
+        tick: float = 0.5,
+        on_error: Callable[[str, Exception], None],
+        clock: Callable[[], float] = time.monotonic,
+        portable: bool = not hasattr(select, "epoll"),
+    ) -> None:
+        self._poller: _Poller = _PortablePoller() if portable or sys.platform != "linux" else select.epoll()
+        self._tick = tick
+        self._clock = clock
+        self._on_error = on_error
+        self._stopped = False
+        self._calls: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._thread: threading.Thread | None = None
+        self._bell, self._bell_button = socket.socketpair()
+        self._bell.setblocking(False)
+        self._bell_button.setblocking(False)
+        self.handlers: dict[int, Handler] = {}  # change an entry to hand a descriptor to another handler
+        self.timed: set[Timed] = set()
+        self.now = clock()  # the clock, as it stood when the current batch began
+        self.add(self._bell.fileno(), READ, self._bell_rang)
+
+    def add(self, fd: int, mask: int, handler: Handler) -> None:
+        self.handlers[fd] = handler
+        self._poller.register(fd, mask)
+
+    def watch(self, fd: int, mask: int) -> None:
+        """Change what a descriptor is watched for: READ, WRITE, both or NOTHING."""
+        self._poller.modify(fd, mask)
+
+    def remove(self, fd: int) -> None:
+        """Forget a descriptor, which must still be open."""
+        del self.handlers[fd]
+        self._poller.unregister(fd)
+
+    def call_soon(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Have the reactor call this. Any thread may ask."""
+        self._calls.append((function, arguments))
+        self.wake()
+
+    def defer(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call this after the current batch. Only the reactor's own thread may ask."""
+        self._calls.append((function, arguments))
+
+    def wake(self) -> None:
+        try:
+            self._bell_button.send(b"\0")
+        except BlockingIOError:
+            return  # it is ringing already
+        except OSError:
+            return  # the reactor has ended, and what was asked for has nobody to do it
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="reactor")
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the loop after the current batch, wait for its thread, and close what the reactor itself holds."""
+        self._stopped = True
+        self.wake()
+        if self._thread is not None:
+            self._thread.join()
+        self._poller.close()
+        self._bell.close()
+        self._bell_button.close()
+
+    def _run(self) -> None:
+        poll = self._poller.poll
+        clock = self._clock
+        handlers = self.handlers
+        next_sweep = clock() + self._tick
+        while not self._stopped:
+            if self._calls:
+                events = poll(0)
+            elif self.timed:
+                events = poll(max(0.0, next_sweep - clock()))
+            else:
+                events = poll(None)  # nothing has a deadline: sleep until something happens
+            self.now = now = clock()
+            for fd, mask in events:
+                handler = handlers.get(fd)
+                if handler is None:
+                    continue
+                try:
+                    handler(mask)
+                except Exception as error:  # one connection's bug must not end all others
+                    self._crashed(handler, error)
+            if self._calls:
+                self._make_calls()
+            if now >= next_sweep:
+                self._sweep(now)
+                next_sweep = now + self._tick
+
+    def _bell_rang(self, mask: int) -> None:
+        try:
+            self._bell.recv(4096)
+        except BlockingIOError:
+            return
+
+    def _make_calls(self) -> None:
+        for _ in range(len(self._calls)):
+            function, arguments = self._calls.popleft()
+            try:
+                function(*arguments)
+            except Exception as error:
+                self._crashed(function, error)
+
+    def _sweep(self, now: float) -> None:
+        for timed in [timed for timed in self.timed if timed.deadline <= now]:
+            if timed.deadline > now or timed not in self.timed:
+                continue  # an earlier one's end changed it
+            timed.deadline = NEVER
+            try:
+                timed.expired(now)
+            except Exception as error:
+                self._crashed(timed.expired, error)
+
+    def _crashed(self, function: Callable[..., None], error: Exception) -> None:
+        method = getattr(function, "func", function)  # what a partial stands for
+        name = getattr(method, "__qualname__", repr(method))
+        self._on_error(f"reactor: {name}", error)
+        crashed = getattr(getattr(method, "__self__", None), "crashed", None)
+        if crashed is None:
+            return
+        try:
+            crashed(error)
+        except Exception as second:
+            self._on_error(f"reactor: cleaning up after {name}", second)

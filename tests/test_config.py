@@ -1,0 +1,648 @@
+"""servers.json and flags: every mistake has its own line, and every value that passes is right."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from balancer import config as configuration
+from balancer.config import Config, ConfigError, HealthCheck, Limits, Log, Server, Timeouts
+
+ONE = {"host": "127.0.0.1", "port": 8001}
+TWO = {"host": "127.0.0.1", "port": 8002}
+POLICIES = '"round_robin", "least_connections", "random", "ip_hash", "power_of_two", "least_time" or a .py file'
+
+
+def parse(document: object, base: Path = Path("/nowhere")) -> Config:
+    text = document if isinstance(document, str) else json.dumps(document)
+    return configuration.parse(text, "servers.json", base)
+
+
+def mistake(document: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(document)
+    return str(caught.value)
+
+
+def server(**keys: object) -> dict[str, Any]:
+    return {"servers": [ONE | keys]}
+
+
+def top(**keys: object) -> dict[str, Any]:
+    return {"servers": [ONE], **keys}
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+BROKEN_TEXT = [
+    ("", 'is empty; the least there can be is [{"host": "127.0.0.1", "port": 8001}]'),
+    (" \n\t", 'is empty; the least there can be is [{"host": "127.0.0.1", "port": 8001}]'),
+    ("{\n  servers: []}", "line 2, column 3: not JSON: expecting property name enclosed in double quotes"),
+    ("{'servers': []}", 'line 1, column 2: not JSON: JSON wants double quotes, not "\'"'),
+    ('[{"port": 1 "host": 2}]', "line 1, column 13: not JSON: expecting ',' delimiter"),
+    ('[\n  {"port": 1},\n]', "line 2, column 14: not JSON: a comma before the closing bracket; remove it"),
+    ('[{"port": 1 , }]', "line 1, column 13: not JSON: a comma before the closing bracket; remove it"),
+    ("[ // mine\n]", "line 1, column 3: not JSON: JSON has no comments; remove it"),
+    ("# mine\n[]", "line 1, column 1: not JSON: JSON has no comments; remove it"),
+    ('[{"host"', "line 1, column 9: not JSON: the text ends too early; a bracket or a quote is not closed"),
+    ('["a', "line 1, column 2: not JSON: unterminated string"),
+    ('["a\nb"]', "line 1, column 4: not JSON: invalid control character"),
+    ("[] []", "line 1, column 4: not JSON: extra data"),
+    ("[" * 200_000, "is nested too deeply"),
+    ('{"a":' * 200_000, "is nested too deeply"),
+    ('{"servers": [], "servers": []}', "servers: the key stands here twice; keep one"),
+    ('[{"host": "a", "port": 1, "port": 2}]', "servers[0].port: the key stands here twice; keep one"),
+    ('{"log": {"level": "info", "level": "info"}, "servers": []}', "log.level: the key stands here twice; keep one"),
+    ("5", "must be a list of servers or an object, not the number 5"),
+    ('"x"', 'must be a list of servers or an object, not the string "x"'),
+    ("null", "must be a list of servers or an object, not null"),
+    ("NaN", "must be a list of servers or an object, not the number NaN"),
+]
+
+
+@pytest.mark.parametrize(("text", "line"), BROKEN_TEXT, ids=[line for _, line in BROKEN_TEXT])
+def test_a_broken_text_says_where(text: str, line: str) -> None:
+    assert mistake(text) == f"servers.json: {line}"
+
+
+WRONG_VALUES = [
+    # keys
+    (top(sever=[]), 'sever: unknown key; did you mean "servers"?'),
+    (server(wieght=2), 'servers[0].wieght: unknown key; did you mean "weight"?'),
+    (
+        server(colour=2),
+        "servers[0].colour: unknown key; the keys here are id, host, port, weight, backup, max_connections and command",
+    ),
+    (top(health_check={"intervall": 1}), 'health_check.intervall: unknown key; did you mean "interval"?'),
+    (top(timeouts={"Connect": 1}), 'timeouts.Connect: unknown key; did you mean "connect"?'),
+    (top(limits={"que": 1}), 'limits.que: unknown key; did you mean "queue"?'),
+    (top(log={"": 1}), 'log."": unknown key; the keys here are file, format, level, max_bytes and backups'),
+    (top(listen={"a\nb": 1}), 'listen."a\\nb": unknown key; the keys here are host and port'),
+    (top(listen={"x" * 99: 1}), f'listen."{"x" * 56}...: unknown key; the keys here are host and port'),
+    ({}, '"servers" is missing'),
+    ([{"port": 8001}], 'servers[0]: "host" is missing'),
+    ([ONE, {"host": "b"}], 'servers[1]: "port" is missing'),
+    (
+        top(health_check_url="/a", health_check={"path": "/a"}),
+        "health_check_url: health_check.path says the same; keep one of them",
+    ),
+    (
+        top(health_check_interval=1, health_check={"interval": 1}),
+        "health_check_interval: health_check.interval says the same; keep one of them",
+    ),
+    # servers
+    (
+        [],
+        'servers: must not be empty; name at least one server, such as {"host": "127.0.0.1", "port": 8001}',
+    ),
+    ({"servers": {"a": 1}}, "servers: must be a list, not an object"),
+    ({"servers": "127.0.0.1:1"}, 'servers: must be a list, not the string "127.0.0.1:1"'),
+    (["127.0.0.1:1"], 'servers[0]: must be an object, not the string "127.0.0.1:1"'),
+    ([[]], "servers[0]: must be an object, not a list"),
+    ([ONE, ONE], 'servers[1]: the address "127.0.0.1:8001" is that of servers[0] too; give each its own'),
+    (
+        [{"host": "Web.test", "port": 1}, {"host": "web.TEST", "port": 1}],
+        'servers[1]: the address "web.test:1" is that of servers[0] too; give each its own',
+    ),
+    (
+        [{"host": "::1", "port": 1}, {"host": "0:0:0:0:0:0:0:1", "port": 1}],
+        'servers[1]: the address "[::1]:1" is that of servers[0] too; give each its own',
+    ),
+    ([ONE | {"id": 7}, TWO | {"id": "7"}], 'servers[1]: the id "7" is that of servers[0] too; give each its own'),
+    ([ONE | {"id": 2}, TWO], 'servers[1]: the id "2" is that of servers[0] too; give each its own'),
+    *(
+        (
+            server(id=wrong),
+            f"servers[0].id: must be a whole number or 1 to 64 characters without white space, not {found}",
+        )
+        for wrong, found in [
+            (1.5, "the number 1.5"),
+            (True, "true"),
+            (None, "null"),
+            ([], "a list"),
+            ("", 'the string ""'),
+            ("a b", 'the string "a b"'),
+            ("a\x1b", 'the string "a\\u001b"'),
+            ("a\u2028", 'the string "a\\u2028"'),
+            ("\ud800", 'the string "\\ud800"'),
+            ("x" * 65, f'the string "{"x" * 56}...'),
+            (10**400, f"the number 1{'0' * 56}..."),
+        ]
+    ),
+    *(
+        (server(host=wrong), f"servers[0].host: must be a host name or an IP address and nothing else, not {found}")
+        for wrong, found in [
+            ("", '""'),
+            ("a b", '"a b"'),
+            ("a..b", '"a..b"'),
+            ("-a", '"-a"'),
+            ("größe", '"größe"'),
+            ("a\n", '"a\\n"'),
+            ("127.0.0.1:8001", '"127.0.0.1:8001"'),
+            ("http://a", '"http://a"'),
+            ("[::1]", '"[::1]"'),
+            ("::1%a b", '"::1%a b"'),
+            (":::1", '":::1"'),
+            ("256.1.1.1", '"256.1.1.1"'),
+            ("1.2.3", '"1.2.3"'),
+            ("80", '"80"'),
+            ("x" * 64, f'"{"x" * 56}...'),
+            ("x." * 127, f'"{"x." * 28}...'),
+        ]
+    ),
+    (server(host=1), "servers[0].host: must be a string, not the number 1"),
+    ([ONE, TWO | {"port": 99999}], "servers[1].port: must be 1 to 65535, not 99999"),
+    (server(port=0), "servers[0].port: must be 1 to 65535, not 0"),
+    (server(port=-1), "servers[0].port: must be 1 to 65535, not -1"),
+    (server(port=10**400), f"servers[0].port: must be 1 to 65535, not 1{'0' * 56}..."),
+    (server(port="8001"), 'servers[0].port: must be a whole number, not the string "8001"'),
+    (server(port=8001.0), "servers[0].port: must be a whole number, not the number 8001.0"),
+    (server(port=True), "servers[0].port: must be a whole number, not true"),
+    (server(weight=0), "servers[0].weight: must be 1 to 256, not 0"),
+    (server(weight=-3), "servers[0].weight: must be 1 to 256, not -3"),
+    (server(weight=257), "servers[0].weight: must be 1 to 256, not 257"),
+    (server(weight=1.5), "servers[0].weight: must be a whole number, not the number 1.5"),
+    (server(weight=float("nan")), "servers[0].weight: must be a whole number, not the number NaN"),
+    (server(backup=1), "servers[0].backup: must be true or false, not the number 1"),
+    (server(max_connections=-1), "servers[0].max_connections: must be 0 to 1000000, not -1"),
+    (
+        server(command="python x.py"),
+        'servers[0].command: must be a list of words such as ["{python}", "server.py"], not the string "python x.py"',
+    ),
+    (server(command=[]), "servers[0].command: is empty; its first word must be a program"),
+    (server(command=[""]), "servers[0].command: is empty; its first word must be a program"),
+    (server(command=["a", 8001]), "servers[0].command[1]: must be a string, not the number 8001"),
+    (server(command=["a", "b\0"]), 'servers[0].command[1]: must have no NUL and no lone surrogate, not "b\\u0000"'),
+    (
+        server(command=["a", "-p{prt}"]),
+        'servers[0].command[1]: unknown placeholder "prt"; there are {python}, {port}, {host} and {id}',
+    ),
+    # top
+    (top(mode="htp"), 'mode: must be "http" or "tcp", not "htp"; did you mean "http"?'),
+    (top(mode="udp/ip"), 'mode: must be "http" or "tcp", not "udp/ip"'),
+    (top(mode=None), "mode: must be a string, not null"),
+    (
+        top(algorithm="Round-Robin"),
+        f'algorithm: must be {POLICIES}, not "Round-Robin"; did you mean "round_robin"?',
+    ),
+    (top(algorithm="best"), f'algorithm: must be {POLICIES}, not "best"'),
+    (
+        top(algorithm="my_policy.py"),
+        "algorithm: there is no file /nowhere/my_policy.py; a relative path starts at /nowhere",
+    ),
+    (
+        top(algorithm="a\0.py"),
+        'algorithm: must be at most 4096 printable characters, not "a\\u0000.py"',
+    ),
+    (top(retries=-1), "retries: must be 0 to 100, not -1"),
+    (top(listen=8080), "listen: must be an object, not the number 8080"),
+    (top(listen={"port": 65536}), "listen.port: must be 0 to 65535, not 65536"),
+    (top(listen={"host": "*"}), 'listen.host: must be a host name or an IP address and nothing else, not "*"'),
+    # health check
+    (top(health_check_url="health"), 'health_check_url: must start with a slash, not "health"'),
+    (
+        top(health_check_url="HTTP://a:1/x"),
+        'health_check_url: must be a path such as "/health", not the full URL "HTTP://a:1/x"; "servers" has the hosts',
+    ),
+    (
+        top(health_check={"path": "/a b"}),
+        'health_check.path: must be visible ASCII characters, percent-encode the others, not "/a b"',
+    ),
+    (top(health_check_url=None), "health_check_url: must be a string, not null"),
+    (top(health_check_interval=0), "health_check_interval: must be 0.001 to 1000000 seconds, not 0"),
+    (top(health_check={"timeout": "2s"}), 'health_check.timeout: must be a number of seconds, not the string "2s"'),
+    (top(health_check={"rise": 0}), "health_check.rise: must be 1 to 100, not 0"),
+    (top(health_check={"fall": 2.5}), "health_check.fall: must be a whole number, not the number 2.5"),
+    (
+        top(health_check={"type": "https"}),
+        'health_check.type: must be "http" or "tcp", not "https"; did you mean "http"?',
+    ),
+    *(
+        (
+            top(health_check={"expect": wrong}),
+            'health_check.expect: must be statuses such as "200", "200-204", "2xx-3xx" or "2xx,404", '
+            f"not {json.dumps(wrong)}",
+        )
+        for wrong in ("", "ok", "2x", "200-", "299-200", "3xx-2xx", "200,,201", "600", "099", 20, "2xx;3xx")
+    ),
+    (top(health_check={"expect": [200]}), "health_check.expect: must be a string, not a list"),
+    # timeouts, limits, log
+    (top(timeouts={"connect": -1}), "timeouts.connect: must be 0.001 to 1000000 seconds, not -1"),
+    (top(timeouts={"connect": True}), "timeouts.connect: must be a number of seconds, not true"),
+    (top(timeouts={"drain": 0}), "timeouts.drain: must be 0.001 to 1000000 seconds, not 0"),
+    (top(timeouts={"queue": -0.5}), "timeouts.queue: must be 0 to 1000000 seconds, not -0.5"),
+    (top(timeouts={"no_backend": float("nan")}), "timeouts.no_backend: must be 0 to 1000000 seconds, not NaN"),
+    (top(timeouts={"tunnel": float("inf")}), "timeouts.tunnel: must be 0.001 to 1000000 seconds, not Infinity"),
+    (top(timeouts={"tunnel": 10**400}), f"timeouts.tunnel: must be 0.001 to 1000000 seconds, not 1{'0' * 56}..."),
+    (top(timeouts=5), "timeouts: must be an object, not the number 5"),
+    (top(limits={"head_bytes": 0}), "limits.head_bytes: must be 1024 to 16777216, not 0"),
+    (top(limits={"fields": "many"}), 'limits.fields: must be a whole number, not the string "many"'),
+    (
+        top(log={"level": "warn"}),
+        'log.level: must be "debug", "info", "warning" or "error", not "warn"; did you mean "warning"?',
+    ),
+    (top(log={"format": "txt"}), 'log.format: must be "text", not "txt"; did you mean "text"?'),
+    (top(log={"file": False}), "log.file: must be a string, not false"),
+    (top(log={"file": "a\nb"}), 'log.file: must be at most 4096 printable characters, not "a\\nb"'),
+    (top(log={"max_bytes": 1}), "log.max_bytes: must be 1000 to 1000000000000, not 1"),
+    (top(log={"backups": -1}), "log.backups: must be 0 to 1000, not -1"),
+]
+
+
+@pytest.mark.parametrize(("document", "line"), WRONG_VALUES, ids=[line for _, line in WRONG_VALUES])
+def test_a_wrong_value_is_named_by_its_path(document: object, line: str) -> None:
+    assert mistake(document) == f"servers.json: {line}"
+
+
+def test_an_integer_longer_than_python_converts_is_refused() -> None:
+    """int() of more than 4300 digits raises a bare ValueError (CVE-2020-10735), also in json.loads."""
+    assert mistake('[{"host": "a", "port": ' + "9" * 5000 + "}]") == (
+        "servers.json: servers[0].port: must be a whole number, not the number Infinity"
+    )
+
+
+def mutated(value: Any, chance: random.Random) -> Any:
+    """The value with one place in it replaced, dropped, doubled or renamed."""
+    if isinstance(value, dict) and value and chance.random() < 0.8:
+        key = chance.choice(list(value))
+        others = {name: item for name, item in value.items() if name != key}
+        return chance.choice([others, value | {key: mutated(value[key], chance)}, others | {key[1:]: value[key]}])
+    if isinstance(value, list) and value and chance.random() < 0.8:
+        index = chance.randrange(len(value))
+        return [
+            *value[:index],
+            *chance.choice([[], [value[index]] * 2, [mutated(value[index], chance)]]),
+            *value[index + 1 :],
+        ]
+    strange = [None, True, 0, -1, 1.5, 10**400, float("nan"), float("inf"), "", "\0", "\ud800", " ", "x.py", [], {}]
+    return chance.choice([*strange, [value], {"id": value}, "x" * 5000, [[]], [{}], "[::1]:80", "{port}{prt}", "2xx"])
+
+
+def test_no_mutation_of_a_good_file_gets_past_or_breaks_the_checks() -> None:
+    good = {
+        "servers": [ONE | {"id": 1, "weight": 2, "backup": True, "max_connections": 9, "command": ["a", "{id}"]}, TWO],
+        "mode": "http",
+        "algorithm": "random",
+        "retries": 1,
+        "listen": {"host": "::1", "port": 0},
+        "health_check_url": "/h",
+        "health_check": {"interval": 1, "timeout": 1, "rise": 1, "fall": 1, "expect": "2xx", "type": "tcp"},
+        "timeouts": {"connect": 1, "queue": 0},
+        "limits": {"connections": 5, "fields": 5},
+        "log": {"file": "", "format": "text", "level": "debug", "max_bytes": 5000, "backups": 0},
+    }
+    parse(good)
+    chance, refusals = random.Random(2), []
+    for _ in range(2000):
+        text = json.dumps(mutated(good, chance))
+        if chance.random() < 0.3:
+            start = chance.randrange(len(text))
+            text = text[:start] + chance.choice(["", ",", "}", '"', "\n", "\0", "[", "é", "\\u"]) + text[start + 1 :]
+        try:
+            assert configuration.describe(parse(text)).endswith("\n")
+        except ConfigError as error:
+            refusals.append(str(error))
+    assert 500 < len(refusals) < 2000
+    assert all(line.startswith("servers.json: ") and line.isprintable() and len(line) < 400 for line in refusals)
+
+
+# --- good files -----------------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_servers_is_a_whole_configuration() -> None:
+    config = parse([ONE, TWO | {"id": "b"}])
+    assert config == Config(
+        servers=(Server("1", "127.0.0.1", 8001), Server("b", "127.0.0.1", 8002)),
+        source="servers.json",
+        base=Path("/nowhere"),
+    )
+    assert config.health_check == HealthCheck("/", 2.0, 2.0, 2, 3, ((200, 399),), "http")
+    assert config.timeouts == Timeouts(5, 10, 60, 60, 60, 3600, 5, 0, 30)
+    assert config.limits == Limits(0, 65536, 128, 16384, 1024)
+    assert config.log == Log("load_balancer.log", "text", "info", 50_000_000, 3)
+    assert (config.host, config.port, config.mode, config.algorithm, config.retries) == (
+        "127.0.0.1",
+        8080,
+        "http",
+        "round_robin",
+        3,
+    )
+
+
+def test_every_key_reaches_its_field(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").touch()
+    document = {
+        "servers": [
+            {
+                "id": 7,
+                "host": "Web_1.test.",
+                "port": 65535,
+                "weight": 256,
+                "backup": True,
+                "max_connections": 5,
+                "command": ["{python}", "-c", "print({'a': 1}, {})", "", "awk '{print $1}'", "{host}:{port}:{id}"],
+            }
+        ],
+        "mode": "tcp",
+        "algorithm": "mine.py",
+        "retries": 0,
+        "listen": {"host": "::", "port": 0},
+        "health_check": {"path": "/a?b=c", "interval": 1, "timeout": 0.5, "rise": 1, "fall": 4, "expect": "200"},
+        "timeouts": {
+            "connect": 1,
+            "request_head": 2,
+            "client_idle": 3,
+            "client": 4,
+            "server": 5,
+            "tunnel": 6,
+            "queue": 0,
+            "no_backend": 0,
+            "drain": 0.25,
+        },
+        "limits": {"connections": 1, "head_bytes": 2048, "fields": 3, "request_line_bytes": 100, "queue": 0},
+        "log": {"file": "logs/a.log", "format": "text", "level": "error", "max_bytes": 1000, "backups": 0},
+    }
+    command = tuple(document["servers"][0]["command"])  # type: ignore[index]
+    assert parse(document, tmp_path) == Config(
+        servers=(Server("7", "web_1.test.", 65535, 256, True, 5, command),),
+        host="::",
+        port=0,
+        mode="tcp",
+        algorithm=str(tmp_path / "mine.py"),
+        retries=0,
+        health_check=HealthCheck("/a?b=c", 1.0, 0.5, 1, 4, ((200, 200),), "tcp"),
+        timeouts=Timeouts(1, 2, 3, 4, 5, 6, 0, 0, 0.25),
+        limits=Limits(1, 2048, 3, 100, 0),
+        log=Log(str(tmp_path / "logs/a.log"), "text", "error", 1000, 0),
+        source="servers.json",
+        base=tmp_path,
+    )
+
+
+@pytest.mark.parametrize(
+    ("expect", "ranges"),
+    [
+        ("2xx-3xx", ((200, 399),)),
+        ("200", ((200, 200),)),
+        (204, ((204, 204),)),
+        ("200-204", ((200, 204),)),
+        ("2XX, 404", ((200, 299), (404, 404))),
+        ("200-2xx", ((200, 299),)),
+    ],
+)
+def test_expected_statuses_become_ranges(expect: object, ranges: object) -> None:
+    assert parse(top(health_check={"expect": expect})).health_check.expect == ranges
+
+
+def test_short_forms_and_health_check_complete_each_other() -> None:
+    config = parse(top(health_check_url="/up", health_check_interval=0.5, health_check={"fall": 9}))
+    assert config.health_check == HealthCheck(path="/up", interval=0.5, fall=9)
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "a", "web-1.example.com", "my_service", "10.0.0.1", "::1", "fe80::1%eth0"]
+)
+def test_host_names_and_addresses_of_both_families_pass(host: str) -> None:
+    assert parse(server(host=host)).servers[0].host == host
+
+
+def test_an_ipv6_address_is_in_brackets() -> None:
+    assert Server("1", "::1", 9000).address == "[::1]:9000"
+    assert Server("1", "web", 9000).address == "web:9000"
+
+
+def test_all_backends_may_be_backups() -> None:
+    assert all(one.backup for one in parse([ONE | {"backup": True}, TWO | {"backup": True}]).servers)
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_says_its_name_and_directory(tmp_path: Path) -> None:
+    path = tmp_path / "servers.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps([ONE]).encode())
+    config = configuration.load(path)
+    assert (config.source, config.base) == (str(path), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        (b'[\n"\xff"]', "line 2: octet 0xff is not UTF-8; save the file as UTF-8"),
+        ("[]".encode("utf-16"), "line 1: octet 0xff is not UTF-8; save the file as UTF-8"),
+        (b"", 'is empty; the least there can be is [{"host": "127.0.0.1", "port": 8001}]'),
+        (b"\xef\xbb\xbf", 'is empty; the least there can be is [{"host": "127.0.0.1", "port": 8001}]'),
+    ],
+)
+def test_a_file_that_is_no_text_says_so(tmp_path: Path, data: bytes, line: str) -> None:
+    path = tmp_path / "servers.json"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError) as caught:
+        configuration.load(path)
+    assert str(caught.value) == f"{path}: {line}"
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        configuration.load(Path("none.json"))
+    assert str(caught.value) == "none.json: cannot be read: No such file or directory"
+    with pytest.raises(ConfigError) as caught:
+        configuration.load(tmp_path)
+    assert str(caught.value) == f"{tmp_path}: cannot be read: Is a directory"
+
+
+def test_an_endless_file_is_not_read_to_its_end() -> None:
+    with pytest.raises(ConfigError) as caught:
+        configuration.load(Path("/dev/zero"))
+    assert str(caught.value) == "/dev/zero: is larger than 16777216 octets"
+
+
+def test_find_prefers_the_flag_then_the_working_directory_then_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, program = tmp_path / "here", tmp_path / "program"
+    here.mkdir()
+    program.mkdir()
+    monkeypatch.chdir(here)
+    with pytest.raises(ConfigError) as caught:
+        configuration.find(None, program)
+    assert str(caught.value) == (
+        f"servers.json: not found in {here} or {program}; give --config FILE, or backends as HOST:PORT"
+    )
+    (program / "servers.json").touch()
+    assert configuration.find(None, program) == program / "servers.json"
+    (here / "servers.json").touch()
+    assert configuration.find(None, program) == Path("servers.json")
+    (tmp_path / "my.json").touch()
+    assert configuration.find("../my.json", program) == Path("../my.json")
+    with pytest.raises(ConfigError) as caught:
+        configuration.find("mine.json", program)
+    assert str(caught.value) == '--config: there is no file "mine.json"'
+
+
+def test_the_shipped_file_starts_three_demo_backends() -> None:
+    config = configuration.load(Path(__file__).parent.parent / "servers.json")
+    command = ("{python}", "backend_server.py", "--port", "{port}", "--id", "{id}")
+    assert config.servers == tuple(Server(str(n), "127.0.0.1", 8000 + n, command=command) for n in (1, 2, 3))
+    assert (config.algorithm, config.mode, config.port) == ("round_robin", "http", 8080)
+    assert config.health_check == HealthCheck(path="/health", interval=2.0)
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_addresses_are_servers_numbered_from_one() -> None:
+    config = configuration.from_addresses(["web.test:9000", "[::1]:9000", ":9001", "9002", "10.0.0.1:80"])
+    assert [(one.id, one.address) for one in config.servers] == [
+        ("1", "web.test:9000"),
+        ("2", "[::1]:9000"),
+        ("3", "127.0.0.1:9001"),
+        ("4", "127.0.0.1:9002"),
+        ("5", "10.0.0.1:80"),
+    ]
+    assert config == Config(config.servers, source="command line", base=Path.cwd())
+
+
+@pytest.mark.parametrize(
+    ("addresses", "line"),
+    [
+        (["web"], '"web": must be HOST:PORT, [IPV6]:PORT or PORT'),
+        (["web:"], '"web:": must be HOST:PORT, [IPV6]:PORT or PORT'),
+        ([""], '"": must be HOST:PORT, [IPV6]:PORT or PORT'),
+        (["::1:9000"], '"::1:9000": must be HOST:PORT, [IPV6]:PORT or PORT'),
+        (["http://web:80"], '"http://web:80": must be HOST:PORT, [IPV6]:PORT or PORT'),
+        (["web:+80"], '"web:+80": must be HOST:PORT, [IPV6]:PORT or PORT'),
+        (["web:0"], 'port in "web:0": must be 1 to 65535, not 0'),
+        (["web:99999"], 'port in "web:99999": must be 1 to 65535, not 99999'),
+        (["a b:80"], 'host in "a b:80": must be a host name or an IP address and nothing else, not "a b"'),
+        (["[::x]:80"], 'host in "[::x]:80": must be a host name or an IP address and nothing else, not "::x"'),
+        (["9000", ":9000"], '":9000": the address "127.0.0.1:9000" is that of "9000" too; give each its own'),
+        ([], 'must not be empty; name at least one server, such as {"host": "127.0.0.1", "port": 8001}'),
+    ],
+)
+def test_a_wrong_address_is_named(addresses: list[str], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configuration.from_addresses(addresses)
+    assert str(caught.value) == f"command line: {line}"
+
+
+def test_flags_win_over_the_file_and_others_keep_its_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").touch()
+    config = parse(top(listen={"host": "::1", "port": 1}, log={"backups": 9}, health_check={"rise": 9}))
+    changed = configuration.override(
+        config,
+        host="0.0.0.0",
+        port=0,
+        mode=None,
+        algorithm="mine.py",
+        interval="0.5",
+        log_file="a.log",
+        log_level="debug",
+    )
+    assert changed == replace(
+        config,
+        host="0.0.0.0",
+        port=0,
+        algorithm=str(tmp_path / "mine.py"),
+        health_check=replace(config.health_check, interval=0.5),
+        log=replace(config.log, file=str(tmp_path / "a.log"), level="debug"),
+    )
+    assert configuration.override(config, log_file="").log.file == ""
+    assert configuration.override(config, port="8081").port == 8081
+    assert configuration.override(config, host=None, port=None) == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ({"port": 70000}, "--port: must be 0 to 65535, not 70000"),
+        ({"port": "-1"}, "--port: must be 0 to 65535, not -1"),
+        ({"port": "http"}, '--port: must be a whole number, not the string "http"'),
+        ({"host": ""}, '--host: must be a host name or an IP address and nothing else, not ""'),
+        ({"mode": "tpc"}, '--mode: must be "http" or "tcp", not "tpc"; did you mean "tcp"?'),
+        ({"algorithm": "randm"}, f'--algorithm: must be {POLICIES}, not "randm"; did you mean "random"?'),
+        ({"interval": 0}, "--interval: must be 0.001 to 1000000 seconds, not 0"),
+        ({"interval": "nan"}, '--interval: must be a number of seconds, not the string "nan"'),
+        ({"log_file": "\0"}, '--log-file: must be at most 4096 printable characters, not "\\u0000"'),
+        (
+            {"log_level": "inf"},
+            '--log-level: must be "debug", "info", "warning" or "error", not "inf"; did you mean "info"?',
+        ),
+    ],
+)
+def test_a_wrong_flag_is_named(flags: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configuration.override(parse([ONE]), **flags)
+    assert str(caught.value) == line
+
+
+def test_a_missing_policy_file_of_a_flag_is_looked_for_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        configuration.override(parse([ONE]), algorithm="mine.py")
+    assert str(caught.value) == (
+        f"--algorithm: there is no file {tmp_path}/mine.py; a relative path starts at {tmp_path}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("in_file", "flag", "probes"),
+    [
+        ({}, None, "http"),
+        ({}, "tcp", "tcp"),
+        ({"mode": "tcp"}, None, "tcp"),
+        ({"mode": "tcp"}, "http", "http"),
+        ({"health_check": {"type": "http"}}, "tcp", "http"),
+        ({"health_check": {"type": "tcp"}}, "http", "tcp"),
+        ({"mode": "tcp", "health_check": {"type": "http"}}, None, "http"),
+    ],
+)
+def test_probes_follow_the_mode_unless_the_file_says_otherwise(
+    in_file: dict[str, Any], flag: str | None, probes: str
+) -> None:
+    assert configuration.override(parse(top(**in_file)), mode=flag).health_check.type == probes
+
+
+# --- what --check prints --------------------------------------------------------------------------------------------
+
+
+def test_describe_shows_what_would_run() -> None:
+    config = parse(
+        {
+            "servers": [
+                ONE | {"command": ["{python}", "a.py"]},
+                {"id": "spare", "host": "::1", "port": 1, "backup": True},
+            ],
+            "health_check": {"expect": "2xx,404", "path": "/up"},
+        }
+    )
+    assert configuration.describe(config) == (
+        """\
+configuration  servers.json
+listens on     127.0.0.1:8080, mode http
+algorithm      round_robin, 3 retries
+backends       2
+  id     address         weight  limit  role    command
+  1      127.0.0.1:8001  1       -      active  "{python} a.py"
+  spare  [::1]:1         1       -      backup  -
+health check   GET /up wants 200-299, 404, every 2 s, timeout 2 s, up after 2, down after 3
+timeouts in s  connect 5, request_head 10, client_idle 60, client 60, server 60, tunnel 3600, \
+queue 5, no_backend 0, drain 30
+log            load_balancer.log (text, info)
+"""
+    )
+
+
+def test_describe_of_tcp_mode_without_a_log() -> None:
+    text = configuration.describe(parse(top(mode="tcp", log={"file": ""})))
+    assert "TCP connect, every 2 s" in text
+    assert text.endswith("log            none\n")

@@ -1,0 +1,525 @@
+"""load_balancer.log: its lines, its file through every misfortune, its thread."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from balancer import journal
+from balancer.journal import Exchange, Journal, text_event, text_exchange
+from conftest import eventually
+
+DATE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}"
+FULL = Path("/dev/full")  # on Linux: each write to it fails with ENOSPC
+
+
+def exchange(
+    *,
+    ended: float = 1_000_000_000.125,
+    client: str = "127.0.0.1:54321",
+    line: bytes = b"GET /x HTTP/1.1",
+    status: int = 200,
+    bytes_out: int = 34,
+    backend: str = "1",
+    total: float = 0.00081,
+    code: str = "--",
+    tries: int = 1,
+    request_id: str = "",
+    bytes_in: int = 0,
+) -> Exchange:
+    times = (0.0, 0.0001, 0.0007, total)
+    return (ended, client, line, status, bytes_out, backend, *times, code, tries, request_id, bytes_in)
+
+
+class Clock:
+    """Seconds, as many as the test says."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "load_balancer.log"
+
+
+def lines(path: Path) -> list[str]:
+    """The lines without their dates; each must have one and be whole."""
+    text = path.read_text()
+    assert text == "" or text.endswith("\n")
+    for line in text.splitlines():
+        assert re.match(DATE + " ", line), line
+    return [line[24:] for line in text.splitlines()]
+
+
+# Lines ------------------------------------------------------------------------------------------------------------
+
+
+def test_line_of_an_exchange_has_the_fields_in_the_order_of_the_conventions():
+    """date, level, client, request, status, bytes, backend, milliseconds, code, tries."""
+    text = text_exchange(exchange())
+    assert re.fullmatch(
+        DATE + r' INFO 127\.0\.0\.1:54321 "GET /x HTTP/1\.1" 200 34 backend=1 0\.8ms code=-- tries=1', text
+    )
+
+
+def test_milliseconds_of_the_date_are_those_of_the_end_and_seconds_follow_each_other():
+    assert text_exchange(exchange(ended=1_000_000_000.125))[19:23] == ".125"
+    assert text_exchange(exchange(ended=1_000_000_000.0))[19:23] == ".000"
+    first, second = (text_exchange(exchange(ended=1_000_000_000.5 + n))[17:19] for n in (0, 1))
+    assert (int(first) + 1) % 60 == int(second)
+
+
+def test_request_id_is_there_only_when_there_is_one():
+    assert "id=" not in text_exchange(exchange())
+    assert text_exchange(exchange(request_id="f00d")).endswith("tries=1 id=f00d")
+
+
+def test_request_id_cannot_forge_fields_or_lines():
+    """It may be what a client sent as X-Request-ID."""
+    assert text_exchange(exchange(request_id='a b\r\n"')).endswith(r"id=a_b\x0d\x0a\x22")
+
+
+def test_tcp_connection_has_octets_of_both_ways_in_place_of_the_request():
+    text = text_exchange(exchange(line=b"", status=0, bytes_in=517, bytes_out=4096, total=2.5))
+    assert text[24:] == "INFO 127.0.0.1:54321 tcp 517/4096 backend=1 2500.0ms code=-- tries=1"
+
+
+def test_exchange_without_an_answer_has_a_dash_for_its_status():
+    text = text_exchange(exchange(status=0, bytes_out=0, backend="-", code="CR", tries=0))
+    assert '"GET /x HTTP/1.1" - 0 backend=- ' in text
+
+
+def test_refused_request_without_a_line_is_not_taken_for_tcp():
+    assert ' "" 408 34 ' in text_exchange(exchange(line=b"", status=408, code="cR"))
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        (b'GET /" 200 1 "', r"GET /\x22 200 1 \x22"),
+        (b"GET /\\x22", r"GET /\x5cx22"),
+        (b"GET /\r\n2026-01-01 00:00:00.000 INFO", r"GET /\x0d\x0a2026-01-01 00:00:00.000 INFO"),
+        (b"GET /\x00\x1b[2J\x7f", r"GET /\x00\x1b[2J\x7f"),
+        ("GET /ä".encode(), r"GET /\xc3\xa4"),
+        (b"GET /\xff", r"GET /\xff"),
+        ("GET /\u2028\u202e".encode(), r"GET /\xe2\x80\xa8\xe2\x80\xae"),
+        (b"GET /~!#[]{}|^` HTTP/1.1", "GET /~!#[]{}|^` HTTP/1.1"),
+    ],
+)
+def test_request_line_cannot_forge_a_line_or_steer_a_terminal(raw: bytes, shown: str):
+    assert f' "{shown}" 200 ' in text_exchange(exchange(line=raw))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("one\n2026-01-01 00:00:00.000 INFO two", r"one\x0a2026-01-01 00:00:00.000 INFO two"),
+        ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"),
+        ("a\\nb", r"a\x5cnb"),
+        ("nel\x85 line\u2028 right\u202e", r"nel\x85 line\u2028 right\u202e"),
+        ("octets \udcff\udcc3", r"octets \xff\xc3"),
+        ("beyond \U000e0001", r"beyond \U000e0001"),
+        ('"quoted" Gerät 東京', '"quoted" Gerät 東京'),
+    ],
+)
+def test_event_is_one_line_of_printable_characters(text: str, shown: str):
+    assert text_event((1_000_000_000.0, "info", text))[24:] == f"INFO {shown}"
+
+
+# The thread -------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_appended_before_stop_is_in_the_file_in_order(path: Path):
+    log = Journal(str(path))
+    log.start()
+    for number in range(3 * journal.BATCH + 7):
+        log.exchange(exchange(bytes_out=number))
+    log.event("info", "the last")
+    log.stop()
+    *exchanges, last = lines(path)
+    assert [int(line.split()[6]) for line in exchanges] == list(range(3 * journal.BATCH + 7))
+    assert last == "INFO the last"
+
+
+def test_lines_come_by_themselves_while_it_runs(path: Path):
+    log = Journal(str(path))
+    log.start()
+    try:
+        log.exchange(exchange())
+        eventually(lambda: len(lines(path)) == 1, "the line is in the file")
+    finally:
+        log.stop()
+
+
+def test_records_of_many_threads_are_all_written_once(path: Path):
+    log = Journal(str(path))
+    log.start()
+
+    def append(first: int) -> None:
+        for number in range(first, first + 500):
+            log.exchange(exchange(bytes_out=number))
+
+    threads = [threading.Thread(target=append, args=(500 * n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    log.stop()
+    assert sorted(int(line.split()[6]) for line in lines(path)) == list(range(2000))
+
+
+def test_thread_is_named_and_gone_after_stop(path: Path):
+    log = Journal(str(path))
+    log.start()
+    assert "journal" in [thread.name for thread in threading.enumerate()]
+    log.stop()
+    assert "journal" not in [thread.name for thread in threading.enumerate()]
+    log.stop()  # once more does nothing
+
+
+def test_exchange_is_the_append_of_a_deque(path: Path):
+    """Nothing else may happen on the reactor's thread: at 50,000 requests per second each microsecond is 5%."""
+    assert type(Journal(str(path)).exchange).__name__ == "builtin_function_or_method"
+
+
+def test_a_record_that_was_built_wrongly_is_told_and_the_log_goes_on(path: Path):
+    log = Journal(str(path))
+    log.start()
+    log.exchange(("nonsense", "\n") * 7)  # type: ignore[arg-type]
+    log.exchange(exchange())
+    log.stop()
+    first, second = lines(path)
+    assert first.startswith("ERROR no line can be made of ('nonsense', ")
+    assert second.startswith("INFO 127.0.0.1:54321 ")
+
+
+# Levels, echo -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("level", "written"),
+    [
+        ("debug", ["DEBUG d", "INFO i", "WARNING w", "ERROR e", "INFO 127.0.0.1:54321"]),
+        ("info", ["INFO i", "WARNING w", "ERROR e", "INFO 127.0.0.1:54321"]),
+        ("warning", ["WARNING w", "ERROR e"]),
+        ("error", ["ERROR e"]),
+    ],
+)
+def test_level_is_the_least_that_is_written_and_exchanges_are_info(path: Path, level: str, written: list[str]):
+    log = Journal(str(path), level=level)
+    log.start()
+    for name in journal.LEVELS:
+        log.event(name, name[0])
+    log.exchange(exchange())
+    log.stop()
+    assert [" ".join(line.split()[:2]) for line in lines(path)] == written
+
+
+def test_echo_is_given_the_events_and_not_the_exchanges(path: Path):
+    echo = io.StringIO()
+    log = Journal(str(path), level="warning", echo=echo)
+    log.start()
+    log.event("info", "below the level")
+    log.event("warning", "backend 1 is DOWN")
+    log.exchange(exchange())
+    log.stop()
+    assert re.fullmatch(DATE + " WARNING backend 1 is DOWN\n", echo.getvalue())
+
+
+def test_without_a_path_only_the_echo_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    echo = io.StringIO()
+    log = Journal("", echo=echo)
+    log.start()
+    log.exchange(exchange())
+    log.event("info", "started")
+    log.stop()
+    assert echo.getvalue().endswith("INFO started\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_echo_that_was_closed_does_not_end_the_log(path: Path):
+    """`python lb.py | head -1`: the pipe's reader goes."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = open(writer, "w", encoding="utf-8")  # noqa: SIM115
+    log = Journal(str(path), echo=stream)
+    log.start()
+    log.event("info", "one")
+    log.stop()
+    with pytest.raises(BrokenPipeError):
+        stream.close()
+    assert lines(path) == ["INFO one"]
+
+
+def test_echo_without_the_characters_is_given_escapes(path: Path):
+    octets = io.BytesIO()
+    log = Journal(str(path), echo=io.TextIOWrapper(octets, encoding="ascii"))
+    log.start()
+    log.event("info", "Gerät")
+    log.stop()
+    assert octets.getvalue().endswith(b"INFO Ger\\xe4t\n")
+
+
+# The file: opened, moved, rotated ---------------------------------------------------------------------------------
+
+
+def test_path_that_cannot_be_opened_is_an_error_at_start(tmp_path: Path):
+    log = Journal(str(tmp_path / "missing" / "load_balancer.log"))
+    with pytest.raises(FileNotFoundError) as raised:
+        log.start()
+    assert raised.value.strerror == "No such file or directory"
+    log.stop()
+
+
+def test_lines_are_appended_to_what_is_there(path: Path):
+    for text in ("first run", "second run"):
+        log = Journal(str(path))
+        log.start()
+        log.event("info", text)
+        log.stop()
+    assert lines(path) == ["INFO first run", "INFO second run"]
+
+
+class Rounds:
+    """A journal whose writer's rounds the test calls itself, a second apart."""
+
+    def __init__(self, path: Path, **options: int) -> None:
+        self.clock = Clock()
+        self.log = Journal(str(path), clock=self.clock, **options)
+
+    def write(self, *texts: str, later: float = 1.0) -> None:
+        self.clock.now += later
+        for text in texts:
+            self.log.event("info", text)
+        self.log.round()
+
+
+@pytest.fixture
+def rounds(path: Path):
+    made = []
+
+    def make(path: Path = path, **options: int) -> Rounds:
+        made.append(Rounds(path, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.log._file.close()
+
+
+def test_file_that_was_moved_away_is_opened_again_within_a_second(path: Path, rounds):
+    """What logrotate does."""
+    it = rounds()
+    it.write("before")
+    path.rename(path.with_suffix(".old"))
+    it.write("not looked yet", later=0.5)
+    it.write("after")
+    assert lines(path.with_suffix(".old")) == ["INFO before", "INFO not looked yet"]
+    assert lines(path) == ["INFO after"]
+
+
+def test_file_that_was_deleted_or_replaced_is_opened_again(path: Path, rounds):
+    it = rounds()
+    it.write("before")
+    path.unlink()
+    it.write("after")
+    assert lines(path) == ["INFO after"]
+    path.with_suffix(".other").touch()
+    path.with_suffix(".other").rename(path)
+    it.write("once more")
+    assert lines(path) == ["INFO once more"]
+
+
+def test_reopen_does_not_wait_for_the_second(path: Path, rounds):
+    """For SIGUSR1."""
+    it = rounds()
+    it.write("before")
+    path.rename(path.with_suffix(".old"))
+    it.log.reopen()
+    it.write("after", later=0.0)
+    assert lines(path) == ["INFO after"]
+
+
+def test_file_is_rotated_before_it_grows_beyond_its_size(tmp_path: Path, path: Path, rounds):
+    it = rounds(max_bytes=200, backups=2)
+    for number in range(10):
+        it.write(f"{number} {'x' * 60}")
+    shown = {name.name: [line.split()[1] for line in lines(name)] for name in tmp_path.iterdir()}
+    assert shown == {
+        "load_balancer.log": ["8", "9"],
+        "load_balancer.log.1": ["6", "7"],
+        "load_balancer.log.2": ["4", "5"],
+    }
+    assert all(name.stat().st_size <= 200 for name in tmp_path.iterdir())
+
+
+def test_size_of_a_file_that_was_there_counts(tmp_path: Path, path: Path, rounds):
+    path.write_text("x" * 199 + "\n")
+    rounds(max_bytes=200).write("one")
+    assert lines(path) == ["INFO one"]
+    assert (tmp_path / "load_balancer.log.1").stat().st_size == 200
+
+
+def test_without_backups_the_file_is_emptied(tmp_path: Path, path: Path, rounds):
+    it = rounds(max_bytes=200, backups=0)
+    for number in range(5):
+        it.write(f"{number} {'x' * 60}")
+    assert [line.split()[1] for line in lines(path)] == ["4"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_file_that_was_emptied_in_place_is_not_rotated_early(tmp_path: Path, path: Path, rounds):
+    """What logrotate's copytruncate does."""
+    it = rounds(max_bytes=200)
+    it.write("x" * 60, "y" * 60)
+    os.truncate(path, 0)
+    it.write("one")
+    assert lines(path) == ["INFO one"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_link_is_written_through_and_never_rotated(tmp_path: Path, path: Path, rounds):
+    """/dev/stdout is one: to rename it would break the machine."""
+    path.symlink_to(tmp_path / "target")
+    it = rounds(max_bytes=100)
+    for number in range(5):
+        it.write(f"{number} {'x' * 60}")
+    assert len(lines(tmp_path / "target")) == 5
+    assert path.is_symlink()
+
+
+def test_file_that_cannot_be_rotated_grows_on_and_says_so(tmp_path: Path, path: Path, rounds):
+    (tmp_path / "load_balancer.log.1").mkdir()
+    it = rounds(max_bytes=200, backups=1)
+    for number in range(3):
+        it.write(f"{number} {'x' * 60}")
+    it.write()
+    *told, warning = lines(path)
+    assert [line.split()[1] for line in told] == ["0", "1", "2"]
+    assert warning == f"WARNING {path}: cannot be rotated and grows on: Is a directory"
+
+
+# The file: misfortunes --------------------------------------------------------------------------------------------
+
+
+def test_directory_that_vanished_and_came_back(path: Path, rounds, capsys: pytest.CaptureFixture[str]):
+    it = rounds(path=path.parent / "logs" / "lb.log")
+    path = path.parent / "logs" / "lb.log"
+    path.parent.mkdir()
+    it.write("before")
+    shutil.rmtree(path.parent)
+    it.write("one")
+    it.write("two")
+    waiting = (
+        f"{path}: cannot be written: No such file or directory; the last {journal.WAITING} lines are kept until it can"
+    )
+    assert capsys.readouterr().err == waiting + "\n"
+    path.parent.mkdir()
+    it.write()
+    it.write()
+    it.write()
+    assert lines(path) == [
+        "INFO one",
+        "INFO two",
+        f"ERROR {path}: could not be written for 2.0 s: No such file or directory; 0 lines were lost",
+    ]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+def test_full_disk_keeps_the_newest_and_counts_the_rest(
+    path: Path, rounds, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(journal, "WAITING", 3)
+    path.symlink_to(FULL)
+    it = rounds()
+    it.write("0", "1")  # the batch in hand is kept besides
+    for number in range(2, 8):
+        it.write(str(number), later=0.1)
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    path.unlink()
+    it.write()
+    it.write()
+    it.write()
+    assert lines(path) == [
+        "INFO 0",
+        "INFO 1",
+        "INFO 5",
+        "INFO 6",
+        "INFO 7",
+        f"ERROR {path}: could not be written for 1.6 s: No space left on device; 3 lines were lost",
+    ]
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+def test_full_disk_at_the_stop_is_told_on_stderr(path: Path, capsys: pytest.CaptureFixture[str]):
+    path.symlink_to(FULL)
+    log = Journal(str(path))
+    log.start()
+    for _ in range(journal.BATCH + 5):
+        log.event("info", "x")
+    log.stop()
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == f"{path}: {journal.BATCH + 5} lines were lost: No space left on device"
+    )
+
+
+def test_line_cut_by_a_full_disk_is_finished_in_the_same_file_and_begun_again_in_another(path: Path):
+    """A short write, and then none: what a disk does that is full."""
+    file = journal.LogFile(str(path), 0, 0, lambda text: None)
+    file.open()
+    real = os.write
+    room = 10
+
+    def write(fd: int, data: bytes) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(28, "No space left on device")
+        written, room = real(fd, data[:room]), 0
+        return written
+
+    file.unwritten = b"first\nsecond\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal.os, "write", write)
+        for _ in range(2):
+            with pytest.raises(OSError):
+                file.flush()
+    assert path.read_bytes() == b"first\nseco"
+    file.flush()
+    assert path.read_bytes() == b"first\nsecond\n"
+
+    file.unwritten = b"third\nfourth\n"
+    with pytest.MonkeyPatch.context() as patch:
+        room = 9
+        patch.setattr(journal.os, "write", write)
+        with pytest.raises(OSError):
+            file.flush()
+    path.unlink()
+    file.follow()
+    file.flush()
+    assert path.read_bytes() == b"fourth\n"
+    file.close()
+
+
+def test_writer_that_was_stuck_says_that_lines_were_lost(path: Path, monkeypatch: pytest.MonkeyPatch, rounds):
+    monkeypatch.setattr(journal, "WAITING", 3)
+    it = rounds()
+    for number in range(10):
+        it.log.event("info", str(number))
+    it.write()
+    it.write()
+    *kept, last = lines(path)
+    assert kept == ["INFO 5", "INFO 6", "INFO 7", "INFO 8", "INFO 9"]
+    assert last == f"ERROR {path}: was not written fast enough; uncounted lines were lost"
