@@ -43,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         balancer.start()
     except OSError as error:
         return fail(str(error), 1)
-    print(f"lb: listening on {balancer.url} ({len(config.servers)} backends, {config.algorithm}, log {config.log.file})")
-    sys.stdout.flush()
+    print(f"lb: listening on {balancer.url}")
+    print(f"lb: {len(config.servers)} backends, {config.algorithm}, log {config.log.file or 'off'}", flush=True)
     signals.wait()
     stop(balancer, signals, config.timeouts.drain)
     return 0

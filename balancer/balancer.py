@@ -12,8 +12,8 @@ from balancer.backend import Backend
 from balancer.config import Config, format_address
 from balancer.frontend import Frontend
 from balancer.health import HealthChecker
-from balancer.http_session import HttpSession
 from balancer.http1 import HeadLimits
+from balancer.http_session import HttpSession
 from balancer.journal import Journal
 from balancer.listener import Listener, bind
 from balancer.pickers import make_picker

@@ -15,7 +15,6 @@ from balancer.pump import Pumps
 from balancer.reactor import Reactor, Timed
 from balancer.upstream import Upstreams
 
-
 # Seconds that a kept-alive connection without a request is left open when a stop begins: a request that is on its way
 # is answered, with `Connection: close`, where a close at once would lose it.
 DRAIN_GRACE = 0.25

@@ -1,0 +1,404 @@
+"""The policies, each on its own: candidates and a client go in, one of the candidates comes out."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+
+from balancer.backend import AVERAGE_HALF_LIFE, Backend
+from balancer.config import POLICIES, Server
+from balancer.pickers import (
+    Custom,
+    IpHash,
+    LeastConnections,
+    LeastTime,
+    Picker,
+    PowerOfTwo,
+    Random,
+    RoundRobin,
+    make_picker,
+)
+
+
+class Dice(random.Random):
+    """A random source that says what the test gave it, again and again."""
+
+    def __new__(cls, *values: float) -> Dice:
+        return super().__new__(cls)
+
+    def __init__(self, *values: float) -> None:
+        super().__init__()
+        self._values = cycle(values)
+
+    def random(self) -> float:
+        return next(self._values)
+
+
+def backends(*weights: int) -> tuple[Backend, ...]:
+    """Backends "1", "2"... of these weights."""
+    return tuple(
+        Backend(Server(str(number), "127.0.0.1", 8000 + number, weight), number)
+        for number, weight in enumerate(weights, 1)
+    )
+
+
+def picks(picker: Picker, candidates: Sequence[Backend], count: int, client: str = "127.0.0.1") -> list[str]:
+    return [picker.pick(candidates, client).id for _ in range(count)]
+
+
+# Round robin ------------------------------------------------------------------------------------------------------
+
+
+def test_round_robin_is_strict():
+    assert picks(RoundRobin(), backends(1, 1, 1), 7) == list("1231231")
+
+
+@pytest.mark.parametrize("weights", [(5, 1, 1), (3, 2, 1), (1, 100), (7, 7, 7, 1), (256, 1), (2, 3, 5, 7, 11, 13)])
+def test_weights_are_exact_over_a_cycle_and_smooth_within_it(weights):
+    """At no moment has a backend had a whole turn more or less than its share."""
+    total = sum(weights)
+    sequence = picks(RoundRobin(), backends(*weights), 3 * total)
+    for number, weight in enumerate(weights, 1):
+        had = 0
+        for turns, name in enumerate(sequence, 1):
+            had += name == str(number)
+            assert abs(had - turns * weight / total) <= 1.0
+        assert had == 3 * weight
+
+
+def test_it_stays_strict_among_those_who_stay():
+    one, two, three = backends(1, 1, 1)
+    picker = RoundRobin()
+    assert picks(picker, (one, two, three), 4) == list("1231")
+    assert picks(picker, (one, three), 4) == list("3131")
+
+
+@pytest.mark.parametrize("away", [1, 2, 3, 10, 1001])
+def test_one_that_was_away_makes_up_for_nothing(away):
+    """Weighted round robin with counters sends a burst to whoever returns."""
+    one, two, three = backends(1, 1, 1)
+    picker = RoundRobin()
+    picks(picker, (one, two, three), 5)
+    picks(picker, (one, three), away)
+    sequence = picks(picker, (one, two, three), 30)
+    assert all(set(sequence[at : at + 3]) == {"1", "2", "3"} for at in range(2, 27))
+    assert Counter(sequence)["2"] <= 11
+
+
+def test_one_that_joins_gets_no_burst_and_is_not_forgotten():
+    *old, new = backends(1, 1, 1, 1)
+    picker = RoundRobin()
+    picks(picker, tuple(old), 3001)
+    sequence = picks(picker, (*old, new), 8)
+    assert sorted(sequence) == sorted("11223344")
+
+
+def test_flapping_does_not_shift_the_others():
+    """The set changes at every pick; who is always there is still picked in turn."""
+    one, two, three = backends(1, 1, 1)
+    picker = RoundRobin()
+    sequence = []
+    for number in range(300):
+        sequence += picks(picker, (one, two, three) if number % 2 else (one, two), 1)
+    counts = Counter(sequence)
+    assert abs(counts["1"] - counts["2"]) <= 1
+    assert counts["3"] <= 100
+
+
+def test_positions_outlive_the_picker():
+    """They are on the backends, so that a reload loses none of them."""
+    candidates = backends(1, 1, 1)
+    assert picks(RoundRobin(), candidates, 2) == ["1", "2"]
+    assert picks(RoundRobin(), candidates, 3) == ["3", "1", "2"]
+
+
+def test_a_retry_among_fewer_leaves_the_order_intact():
+    candidates = backends(1, 1, 1)
+    picker = RoundRobin()
+    assert picks(picker, candidates, 1) == ["1"]
+    assert picks(picker, candidates[1:], 1) == ["2"]
+    assert picks(picker, candidates, 4) == ["3", "1", "2", "3"]
+
+
+# Least connections, random, power of two --------------------------------------------------------------------------
+
+
+def test_least_connections_takes_the_least_for_its_weight():
+    one, two, three = candidates = backends(1, 2, 4)
+    one.active, two.active, three.active = 1, 3, 3
+    assert picks(LeastConnections(Dice(0.5)), candidates, 1) == ["3"]
+    three.active = 5
+    assert picks(LeastConnections(Dice(0.5)), candidates, 1) == ["1"]
+
+
+@pytest.mark.parametrize(("chance", "picked"), [(0.0, "1"), (0.4, "2"), (0.999, "3")])
+def test_least_connections_breaks_ties_at_random(chance, picked):
+    candidates = backends(1, 1, 1, 1)
+    candidates[3].active = 1
+    assert picks(LeastConnections(Dice(chance)), candidates, 1) == [picked]
+
+
+def test_random_goes_by_weight():
+    hundredths = [(number + 0.5) / 100 for number in range(100)]
+    assert Counter(picks(Random(Dice(*hundredths)), backends(1, 7, 2), 100)) == {"1": 10, "2": 70, "3": 20}
+
+
+def test_random_notices_that_the_set_has_changed():
+    one, two, three = backends(1, 1, 1)
+    picker = Random(Dice(0.999))
+    assert picks(picker, (one, two, three), 1) == ["3"]
+    assert picks(picker, (one, two), 1) == ["2"]
+
+
+def test_power_of_two_takes_the_less_loaded_of_two_different_ones():
+    candidates = backends(1, 1, 1)
+    for backend, active in zip(candidates, (2, 1, 0), strict=True):
+        backend.active = active
+    assert picks(PowerOfTwo(Dice(0.0, 0.0)), candidates, 1) == ["2"]  # 1 and 2
+    assert picks(PowerOfTwo(Dice(0.5, 0.5)), candidates, 1) == ["3"]  # 2 and 3
+    assert picks(PowerOfTwo(Dice(0.999, 0.0)), candidates, 1) == ["3"]  # 3 and 1
+    assert picks(PowerOfTwo(Dice(0.999)), candidates[:1], 1) == ["1"]
+
+
+def test_power_of_two_counts_load_by_weight():
+    light, heavy = candidates = backends(1, 4)
+    light.active, heavy.active = 1, 3
+    assert picks(PowerOfTwo(Dice(0.0)), candidates, 1) == ["2"]
+
+
+def test_power_of_two_is_nearly_even():
+    """Mitzenmacher 2001: the most loaded of n is log log n above the average."""
+    candidates = backends(*[1] * 20)
+    picker = PowerOfTwo(random.Random(7))
+    for _ in range(2000):
+        picker.pick(candidates, "").active += 1
+    assert max(backend.active for backend in candidates) <= 104
+
+
+# Hash of the address ----------------------------------------------------------------------------------------------
+
+CLIENTS = [f"10.{number // 250}.{number % 250}.7" for number in range(2000)] + ["::1", "fe80::1"]
+
+
+def homes(candidates: Sequence[Backend]) -> dict[str, str]:
+    picker = IpHash()
+    return {client: picker.pick(candidates, client).id for client in CLIENTS}
+
+
+def test_ip_hash_keeps_a_client_where_it_is():
+    assert len(set(picks(IpHash(), backends(1, 1, 1), 10, "10.1.2.3"))) == 1
+
+
+def test_a_backend_that_leaves_moves_only_its_own_clients():
+    everyone = backends(1, 2, 3, 1, 1)
+    before, after = homes(everyone), homes(everyone[:2] + everyone[3:])
+    assert all(after[client] == home for client, home in before.items() if home != "3")
+    assert {after[client] for client, home in before.items() if home == "3"} == {"1", "2", "4", "5"}
+
+
+def test_a_backend_that_joins_takes_clients_and_moves_no_other():
+    everyone = backends(1, 1, 1, 1)
+    before, after = homes(everyone[:3]), homes(everyone)
+    assert {after[client] for client in CLIENTS if after[client] != before[client]} == {"4"}
+
+
+def test_the_order_of_the_backends_decides_nothing():
+    everyone = backends(1, 2, 3)
+    assert homes(everyone) == homes(everyone[::-1])
+
+
+def test_clients_are_spread_by_weight():
+    """Schindelhauer and Schomaker's weighted rendezvous: 1 to 3 here, exact to a few percent."""
+    counts = Counter(homes(backends(1, 3, 1)).values())
+    for name, share in (("1", 0.2), ("2", 0.6), ("3", 0.2)):
+        assert counts[name] / len(CLIENTS) == pytest.approx(share, abs=0.03)
+
+
+def test_more_clients_than_are_remembered(monkeypatch):
+    monkeypatch.setattr(IpHash, "REMEMBERED", 10)
+    everyone = backends(1, 1, 1)
+    first = homes(everyone)
+    monkeypatch.undo()
+    assert first == homes(everyone)
+
+
+def test_ip_hash_follows_a_set_that_changes_and_changes_back():
+    everyone = backends(1, 1, 1)
+    picker = IpHash()
+    home = picker.pick(everyone, "10.1.2.3")
+    others = tuple(backend for backend in everyone if backend is not home)
+    assert picker.pick(others, "10.1.2.3") in others
+    assert picker.pick(everyone, "10.1.2.3") is home
+
+
+# Least time -------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def timed(clock: Clock, *seconds: float) -> tuple[Backend, ...]:
+    made = backends(*[1] * len(seconds))
+    for backend, time in zip(made, seconds, strict=True):
+        backend.answered_in(time, clock())
+    return made
+
+
+def test_least_time_prefers_who_answers_sooner():
+    clock = Clock()
+    assert picks(LeastTime(Dice(0.0), clock), timed(clock, 0.3, 0.1, 0.2), 1) == ["2"]
+
+
+def test_least_time_counts_the_work_in_hand():
+    clock = Clock()
+    slow, quick = candidates = timed(clock, 0.3, 0.1)
+    quick.active = 3  # three in hand, and the fourth: 0.4
+    assert picks(LeastTime(Dice(0.0), clock), candidates, 1) == ["1"]
+    slow.active = 1
+    assert picks(LeastTime(Dice(0.0), clock), candidates, 1) == ["2"]
+
+
+def test_least_time_goes_by_weight():
+    clock = Clock()
+    candidates = timed(clock, 0.3, 0.1)
+    candidates[0].weight = 4
+    assert picks(LeastTime(Dice(0.0), clock), candidates, 1) == ["1"]
+
+
+def test_least_time_tries_who_was_never_measured():
+    clock = Clock()
+    (known,) = timed(clock, 0.001)
+    assert picks(LeastTime(Dice(0.0), clock), (known, backends(1, 1)[1]), 1) == ["2"]
+
+
+def test_least_time_gives_who_was_slow_once_another_chance():
+    clock = Clock()
+    slow, quick = candidates = timed(clock, 0.8, 0.1)
+    clock.now += 4 * AVERAGE_HALF_LIFE
+    quick.answered_in(0.1, clock.now)
+    assert picks(LeastTime(Dice(0.0), clock), candidates, 1) == [slow.id]
+
+
+def test_least_time_breaks_ties_by_connections():
+    clock = Clock()
+    idle, busy = backends(1, 1)
+    busy.active = 1
+    assert picks(LeastTime(Dice(0.999), clock), (busy, idle), 1) == [idle.id]
+
+
+# A user's own -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reports() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def custom(tmp_path: Path, reports: list[str]) -> Callable[[str], Custom]:
+    """A policy from the text of its file."""
+
+    def write(text: str) -> Custom:
+        path = tmp_path / "my_policy.py"
+        path.write_text(text)
+        return Custom(path, reports.append)
+
+    return write
+
+
+def test_a_users_policy_sees_backends_and_client(custom, reports):
+    picker = custom(
+        "def select_server(backends, client):\n"
+        "    if client == '10.0.0.1':\n"
+        "        return max(backends, key=lambda backend: (backend.weight, backend.id))\n"
+        "    return min(backends, key=lambda backend: (backend.active, backend.port))\n"
+    )
+    candidates = backends(1, 3, 2)
+    candidates[0].active = 1
+    assert picker.pick(candidates, "10.0.0.1").id == "2"
+    assert picker.pick(candidates, "10.0.0.2").id == "2"
+    candidates[1].active = 2
+    assert picker.pick(candidates, "10.0.0.2").id == "3"
+    assert reports == []
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("return None", "returned None, which is no available backend"),
+        ("return 'web'", "returned 'web', which is no available backend"),
+        ("return backends", "which is no available backend"),
+        ("return 1 / 0", "raised ZeroDivisionError: division by zero"),
+        ("return backends[99]", "raised IndexError: tuple index out of range"),
+    ],
+    ids=["none", "text", "all", "raises", "index"],
+)
+def test_a_mistake_in_it_is_told_once_and_round_robin_answers(custom, reports, body, problem):
+    picker = custom(f"def select_server(backends, client):\n    {body}\n")
+    assert picks(picker, backends(1, 1, 1), 5) == list("12312")
+    assert len(reports) == 1
+    assert reports[0].startswith("policy my_policy.py: select_server ")
+    assert problem in reports[0]
+    assert reports[0].endswith("; round robin answers instead")
+
+
+def test_a_backend_that_is_not_offered_is_no_answer(custom, reports):
+    """It may have kept one from an earlier call, which is down by this time."""
+    picker = custom("kept = []\ndef select_server(backends, client):\n    kept.extend(backends)\n    return kept[0]\n")
+    one, two = backends(1, 1)
+    assert picks(picker, (one, two), 1) == ["1"]
+    assert picks(picker, (two,), 2) == ["2", "2"]
+    assert len(reports) == 1
+
+
+def test_a_mistake_now_and_then_costs_only_that_request(custom, reports):
+    picker = custom("def select_server(backends, client):\n    return backends[int(client)]\n")
+    candidates = backends(1, 1, 1)
+    assert [picker.pick(candidates, client).id for client in ("2", "x", "1")] == ["3", "1", "2"]
+    assert len(reports) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("def select_server(", "cannot be loaded: SyntaxError: "),
+        ("import no_such_module", "cannot be loaded: ModuleNotFoundError: "),
+        ("raise SystemExit(3)", "cannot be loaded: SystemExit: 3"),
+        ("", "must have a function select_server(backends, client)"),
+        ("select_server = 7", "must have a function select_server(backends, client)"),
+    ],
+    ids=["syntax", "import", "exit", "empty", "no-function"],
+)
+def test_a_file_that_is_of_no_use_is_refused_in_one_line(custom, text, problem):
+    with pytest.raises(ValueError) as caught:
+        custom(text)
+    message = str(caught.value)
+    assert problem in message
+    assert "my_policy.py: " in message
+    assert "\n" not in message
+
+
+# Their names ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_each_policy_of_the_configuration_picks(name, tmp_path):
+    picker = make_picker(name, tmp_path, pytest.fail, random.Random(1), Clock())
+    candidates = backends(1, 2, 3)
+    assert all(picker.pick(candidates, "127.0.0.1") in candidates for _ in range(20))
+
+
+def test_a_file_is_found_below_the_base(tmp_path):
+    (tmp_path / "last.py").write_text("def select_server(backends, client):\n    return backends[-1]\n")
+    assert picks(make_picker("last.py", tmp_path, pytest.fail), backends(1, 1, 1), 2) == ["3", "3"]
+    assert picks(make_picker(str(tmp_path / "last.py"), Path("/"), pytest.fail), backends(1, 1), 1) == ["2"]
