@@ -93,8 +93,9 @@ class Backend:
         self.answers = AnswerReader(head_limits or HeadLimits())
 
     def __repr__(self) -> str:
-        kind = " backup" if self.backup else ""
-        return f"<Backend {self.id} {self.address} {self.status.lower()} weight={self.weight} active={self.active}{kind}>"
+        kind = "backup" if self.backup else "backend"
+        state = f"{self.status.lower()} weight={self.weight} active={self.active}"
+        return f"<{kind.capitalize()} {self.id} {self.address} {state}>"
 
     @property
     def status(self) -> str:

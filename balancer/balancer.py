@@ -53,8 +53,7 @@ class LoadBalancer:
             on_change=self._backend_changed,
         )
         self._sock = bind(config.host, config.port)
-        shortest = min(vars(config.timeouts)[name] or 1.0 for name in vars(config.timeouts))
-        self.reactor = Reactor(tick=min(0.5, max(0.02, shortest / 4)), on_error=self._crashed)
+        self.reactor = Reactor(tick=_tick(config), on_error=self._crashed)
         self.pumps = Pumps()
         self._health = HealthChecker(self.pool, health, on_error=lambda text: self._journal.event("error", text))
         self.upstreams = Upstreams(
@@ -159,6 +158,12 @@ class LoadBalancer:
     def _crashed(self, where: str, error: Exception) -> None:
         trace = " | ".join(line.strip() for line in traceback.format_exception(error))
         self._journal.event("error", f"bug in {where}: {trace}")
+
+
+def _tick(config: Config) -> float:
+    """How late a deadline may be noticed: a tenth of the shortest timeout, within reason."""
+    seconds: list[float] = [value for value in vars(config.timeouts).values() if value]
+    return min(0.5, max(0.02, min(seconds) / 10))
 
 
 def _raise_descriptor_limit() -> int:

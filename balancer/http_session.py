@@ -166,7 +166,7 @@ class HttpSession:
         self._resume_reading()
 
     def drain(self) -> None:
-        """No further request but one: a client that is about to send one learns from its answer that it was the last."""
+        """Answer one more request at most, and say with its answer that it was the last."""
         if self._state is not IDLE:
             self._persistent = False
         elif not self._buffer:
@@ -330,11 +330,10 @@ class HttpSession:
         request = self._request
         assert request is not None
         reactor = self._reactor
-        if upstream.reused:
-            if not request.idempotent and upstream.is_stale():
-                # Once octets of it have left it may not be sent again, so look before.
-                self._front.upstreams.renew(self, upstream)
-                return
+        if upstream.reused and not request.idempotent and upstream.is_stale():
+            # Once octets of it have left it may not be sent again, so look before.
+            self._front.upstreams.renew(self, upstream)
+            return
         self._connected_after = reactor.now - self._began
         data = request.head + self._up_first if self._up_first else request.head
         try:
@@ -461,7 +460,8 @@ class HttpSession:
 
     def _read_answer(self, data: bytes) -> None:
         upstream, request = self._upstream, self._request
-        assert upstream is not None and request is not None
+        assert upstream is not None
+        assert request is not None
         buffer = self._answer_buffer + data if self._answer_buffer else data
         try:
             found = upstream.backend.answers.read(buffer)
@@ -596,7 +596,8 @@ class HttpSession:
     def _pump_down(self, first: bytes, last: bytes) -> None:
         """Hand the rest of the answer to a pump."""
         upstream, body = self._upstream, self._down_body
-        assert upstream is not None and body is not None
+        assert upstream is not None
+        assert body is not None
         self.deadline = NEVER
         self._reactor.remove(upstream.fd)
         flow = Flow(upstream.sock, self._sock)
@@ -610,7 +611,8 @@ class HttpSession:
 
     def _down_pump_ended(self) -> None:
         flow, upstream = self._down_pump, self._upstream
-        assert flow is not None and upstream is not None
+        assert flow is not None
+        assert upstream is not None
         self._down_pump = None
         self._octets_out += flow.octets
         if self._state is ENDING:
@@ -641,7 +643,8 @@ class HttpSession:
     def _no_answer(self) -> None:
         """The backend closed, and no head came. What was asked may be asked again only if that changes nothing."""
         upstream, request = self._upstream, self._request
-        assert upstream is not None and request is not None
+        assert upstream is not None
+        assert request is not None
         upstreams = self._front.upstreams
         if self._answer_buffer or not (request.idempotent and self._up_replayable and self._up_body is None):
             self._fail(502, "SH", f"backend {self._backend_id} closed the connection without an answer")
@@ -663,7 +666,8 @@ class HttpSession:
             self.deadline = NEVER if self._up_pump is not None else self._reactor.now + self._front.timeouts.client
             return
         upstream, answer, body = self._upstream, self._answer, self._down_body
-        assert upstream is not None and answer is not None
+        assert upstream is not None
+        assert answer is not None
         whole = self._up_body is None and not self._up_failed
         self._log()
         self._upstream = None
@@ -815,7 +819,8 @@ class HttpSession:
 
     def _begin_tunnel(self, answer: Answer, first: bytes) -> None:
         upstream, request = self._upstream, self._request
-        assert upstream is not None and request is not None
+        assert upstream is not None
+        assert request is not None
         if not request.upgrade or self._up_body is not None or self._up_pump is not None:
             self._fail(502, "PH", f"backend {self._backend_id} switched to a protocol that nobody asked for")
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 from collections.abc import Callable
 from itertools import count
 
@@ -19,6 +20,7 @@ from balancer.reactor import NEVER, READ, Reactor
 BACKLOG = 4096
 ACCEPTS = 64  # connections taken in one turn, so that those that are being served get theirs
 SHORT_OF_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+LINUX = sys.platform == "linux"
 PAUSE = 0.2  # seconds without accepting when descriptors are short
 
 MakeSession = Callable[[Frontend, socket.socket, tuple[str, int], int], Session]
@@ -153,7 +155,8 @@ class Listener:
         if self._was_short:
             self._was_short = False
             self._on_event("info", "accepting again")
-        sock.setblocking(True)  # some systems let it inherit the listener's mode
+        if not LINUX:
+            sock.setblocking(True)  # elsewhere it inherits the listener's mode
         assert self.front is not None
         session = self._make_session(self.front, sock, (address[0], address[1]), next(self._numbers))
         self.sessions.add(session)

@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from conftest import PATIENCE
-
 from balancer.balancer import LoadBalancer
 from balancer.config import parse
+from conftest import PATIENCE
 
 
 @contextmanager
-def running(tmp_path: Path, backends: Sequence[tuple[str, int] | dict[str, Any]], **keys: Any) -> Iterator[LoadBalancer]:
+def running(
+    tmp_path: Path, backends: Sequence[tuple[str, int] | dict[str, Any]], **keys: Any
+) -> Iterator[LoadBalancer]:
     """A balancer on a free port with these backends, ids 1, 2, 3 ...; `keys` are those of servers.json.
 
     The log is `tmp_path / "lb.log"`. It is stopped at the end, and what is still in hand then is cut.
