@@ -17,6 +17,7 @@ import os
 import queue
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,10 +47,7 @@ class WatchedPool(Pool):
 
 
 class Watcher:
-    """Backends, probes and log as one, and a queue that brings what happens to the main thread; None there is a signal.
-
-    A SimpleQueue, because a signal handler may put into it at any moment (its `put` is reentrant).
-    """
+    """Backends, probes and log as one, and a queue that brings what happens to the main thread; None is a signal."""
 
     def __init__(self, settings: config.Config, journal: Journal) -> None:
         self.happened: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -95,6 +93,22 @@ class Watcher:
             checker.stop()
 
 
+def await_signals(act: Callable[[], None]) -> None:
+    """Have `act` called when SIGINT or SIGTERM comes. Call it before any other thread starts: they inherit the mask.
+
+    A thread of its own that waits, and no handler: a handler runs only once the main thread gets to it, and a signal
+    that comes just before that blocks in a queue does not wake it.
+    """
+    signals = {signal.SIGINT, signal.SIGTERM}
+
+    def wait() -> None:
+        signal.sigwait(signals)
+        act()
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
 def title(backend: Backend) -> str:
     return f"backend {backend.id} {backend.address}"
 
@@ -132,15 +146,14 @@ def main(arguments: list[str] | None = None) -> int:
     log = settings.log
     # Without the flag there is no file: the one that is configured is the balancer's to write and to rotate.
     journal = Journal(log.file if options.log_file else "", max_bytes=log.max_bytes, backups=log.backups)
+    watcher = Watcher(settings, journal)
+    await_signals(lambda: watcher.happened.put(None))
     try:
         journal.start()
     except OSError as error:
         print(f"{PROGRAM}: --log-file: {log.file} cannot be opened: {error.strerror}", file=sys.stderr)
         return 2
     try:
-        watcher = Watcher(settings, journal)
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, lambda *_: watcher.happened.put(None))
         return watcher.once() if options.once else watcher.watch()
     except BrokenPipeError:  # who read our lines has gone; without this the interpreter would complain at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -28,6 +28,7 @@ Endpoint = tuple[int, Any]  # address family, and the address as `socket.connect
 # How fast an answer time is forgotten: a backend that was slow once is worth another look after a while.
 AVERAGE_HALF_LIFE = 10.0  # seconds
 AVERAGE_SHARE = 0.2  # what the newest answer adds to the average
+AVERAGE_FLOOR = 1 / 16  # of the average, and no less: after a quiet hour one that hangs must not look best of all
 
 
 class Admin(enum.Enum):
@@ -143,7 +144,7 @@ class Backend:
         """Seconds an answer is expected to take; what was measured long ago counts less and less."""
         if not self.average_at:
             return 0.0
-        return self.average * math.pow(2.0, (self.average_at - now) / AVERAGE_HALF_LIFE)
+        return self.average * max(AVERAGE_FLOOR, math.pow(2.0, (self.average_at - now) / AVERAGE_HALF_LIFE))
 
 
 def literal_endpoints(host: str, port: int) -> tuple[Endpoint, ...]:

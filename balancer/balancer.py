@@ -95,6 +95,9 @@ class LoadBalancer:
             self._journal.start()
         except OSError:
             self._sock.close()
+            self._health.stop()
+            self._supervisor.stop()
+            self.reactor.stop()
             raise
         config = self.config
         self._journal.event(

@@ -49,18 +49,20 @@ class RoundRobin:
     def pick(self, candidates: Candidates, client: str) -> Backend:
         if candidates is not self._seen:
             self._arrange(candidates)
-        turn, order, backend = self._heap[0]
+        turn, place, backend = self._heap[0]
         self._now = turn
         backend.turn = turn + self.STRIDE // backend.weight
-        heapq.heapreplace(self._heap, (backend.turn, order, backend))
+        heapq.heapreplace(self._heap, (backend.turn, place, backend))
         return backend
 
     def _arrange(self, candidates: Candidates) -> None:
+        # The latest pick, whoever made it: positions are the backends' own, and this picker may be new to them.
+        self._now = max(self._now, *(backend.turn - self.STRIDE // backend.weight for backend in candidates))
         for backend in candidates:
             if backend.turn <= self._now - self.STRIDE // backend.weight or not backend.turn:
                 # It was away for more than a turn: it joins half a turn from here, and makes up for nothing.
                 backend.turn = self._now + self.STRIDE // (2 * backend.weight)
-        self._heap = [(backend.turn, backend.order, backend) for backend in candidates]
+        self._heap = [(backend.turn, place, backend) for place, backend in enumerate(candidates)]
         heapq.heapify(self._heap)
         self._seen = candidates
 
@@ -118,7 +120,7 @@ class PowerOfTwo:
 class IpHash:
     """Rendezvous hashing of the client's address: a backend that leaves moves only its own clients.
 
-    Each backend draws a number from the hash of (its id, client), the highest wins; weights bend the draw as in
+    Each backend draws a number from the hash of (its address, client), the highest wins; weights bend the draw as in
     Schindelhauer and Schomaker's weighted rendezvous. Hashes do not depend on the process, so restarts change nothing.
     """
 
@@ -139,8 +141,9 @@ class IpHash:
 
     @staticmethod
     def _draw(backend: Backend, client: str) -> float:
-        digest = hashlib.blake2b(f"{backend.id}\n{client}".encode(), digest_size=8).digest()
-        return -backend.weight / math.log((int.from_bytes(digest, "big") + 0.5) / 2**64)
+        digest = hashlib.blake2b(f"{backend.address}\n{client}".encode(), digest_size=8).digest()
+        # 52 bits and a half: exact in a float, so that the quotient is never 1, whose logarithm is 0.
+        return -backend.weight / math.log(((int.from_bytes(digest, "big") >> 12) + 0.5) / 2**52)
 
 
 class LeastTime:
@@ -155,7 +158,10 @@ class LeastTime:
         least = math.inf
         ties: list[Backend] = []
         for backend in candidates:
-            wait = backend.expected_time(now) * (backend.active + 1) / backend.weight
+            if backend.active and not backend.average_at:
+                wait = math.inf  # never measured, and asked: until it answers, nothing speaks for asking it more
+            else:
+                wait = backend.expected_time(now) * (backend.active + 1) / backend.weight
             if wait < least:
                 least = wait
                 ties = [backend]

@@ -53,7 +53,7 @@ class Pool:
     def lease(self, client: str, tried: Collection[Backend] = ()) -> Backend | None:
         """Take a backend that was not tried yet, and count the work; None when there is none."""
         with self._lock:
-            candidates = self._candidates if not tried else self._untried_locked(tried)
+            candidates = self._candidates if not tried else self._available_locked(tried)
             if not candidates:
                 return None
             backend = candidates[0] if len(candidates) == 1 else self._picker.pick(candidates, client)
@@ -69,10 +69,10 @@ class Pool:
             if backend.active == backend.max_connections - 1:
                 self._find_candidates_locked()
 
-    def only_full(self) -> bool:
+    def only_full(self, tried: Collection[Backend] = ()) -> bool:
         """Is there a backend that would serve if it were not full? Then waiting in a queue makes sense."""
         with self._lock:
-            return not self._candidates and any(backend.eligible for backend in self._backends)
+            return any(backend.eligible and backend.full and backend not in tried for backend in self._backends)
 
     def report(self, backend: Backend, passed: bool, check: str) -> None:
         """Count the result of a probe, or of a connection that was refused or failed, said in words in `check`."""
@@ -96,14 +96,13 @@ class Pool:
             self.on_change(backend, f"set to {admin.value} by {who}")
 
     def _find_candidates_locked(self) -> None:
-        """Backups count only where no other backend is eligible; a full one leaves its tier but not to a backup."""
-        eligible = [backend for backend in self._backends if backend.eligible]
-        tier = [backend for backend in eligible if not backend.backup] or eligible
-        self._candidates = tuple(backend for backend in tier if not backend.full)
+        self._candidates = tuple(self._available_locked(()))
 
-    def _untried_locked(self, tried: Collection[Backend]) -> Sequence[Backend]:
-        untried = [backend for backend in self._backends if backend.available and backend not in tried]
-        return [backend for backend in untried if not backend.backup] or untried
+    def _available_locked(self, tried: Collection[Backend]) -> list[Backend]:
+        """Backups count only where no other backend is eligible. That the others are full is no reason: work waits."""
+        eligible = [backend for backend in self._backends if backend.eligible and backend not in tried]
+        tier = [backend for backend in eligible if not backend.backup] or eligible
+        return [backend for backend in tier if not backend.full]
 
 
 def ordinal(number: int) -> str:

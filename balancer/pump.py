@@ -7,13 +7,14 @@ It ends early when somebody shuts one of the sockets down (`close` in another th
 How long it waits is the kernel's business: SO_RCVTIMEO on the source and SO_SNDTIMEO on the sink cost nothing per call,
 where `settimeout` would poll before each. Sockets stay in blocking mode; the reactor asks for MSG_DONTWAIT per call.
 
-Bytes that need not be looked at move by `os.splice` through a pipe, without being copied. Where there is no splice, or
-no descriptors for a pipe, they are received and sent.
+Bytes that need not be looked at move by `os.splice` through a pipe, without being copied. Where there is no splice, no
+descriptors for a pipe or no pages to make it large, they are received and sent.
 """
 
 from __future__ import annotations
 
 import enum
+import errno
 import fcntl
 import os
 import queue
@@ -25,6 +26,12 @@ from collections.abc import Callable
 from balancer.framing import Body, Encoder, FramingError, Truncated, as_is
 
 PIECE = 262144  # octets per call: what a pipe of a splice holds, and what a copy receives at once
+LIMIT = 4096  # pump threads at once
+IDLE_SECONDS = 10.0  # that a pump thread waits for its next piece of work
+SPLICES = hasattr(os, "splice")
+
+# What splice says of a kind of socket that it cannot read from or write to.
+_UNSPLICEABLE = frozenset((errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM))
 _F_SETPIPE_SZ = 1031  # fcntl.F_SETPIPE_SZ, which Python 3.10 has no name for on every system
 
 
@@ -38,31 +45,43 @@ class End(enum.Enum):
     SOURCE_LOST = "source lost"  # reset, or shut down by us
     SINK_LOST = "sink lost"
     SINK_STUCK = "sink stuck"  # it took nothing for as long as was agreed
+    FAILED = "failed"  # it is the pump that broke: a bug, or no memory
 
 
 class Flow:
     """What a pump moves, and how far it came. `octets` counts what was sent on, without chunk framing."""
 
-    __slots__ = ("end", "octets", "problem", "sink", "source")
+    __slots__ = ("copies", "end", "octets", "problem", "sink", "source")
 
     def __init__(self, source: socket.socket, sink: socket.socket) -> None:
         self.source = source
         self.sink = sink
         self.octets = 0
-        self.end = End.DONE
+        self.copies = not SPLICES  # receives and sends, where splice cannot be used
+        self.end = End.FAILED  # until the pump knows better: no direction is held to be whole by mistake
         self.problem = ""
 
 
 class Pumps:
-    """Threads that are kept for the next piece of work, `idle_seconds` long. At most `limit` at once."""
+    """Threads that are kept for the next piece of work, `idle_seconds` long. At most `limit` at once.
 
-    def __init__(self, limit: int = 4096, idle_seconds: float = 10.0) -> None:
-        self._lock = threading.Lock()  # guards the counts and the set
-        self._work: queue.SimpleQueue[tuple[str, Callable[[], None]] | None] = queue.SimpleQueue()
+    on_error: is told, on the pump's thread, of work that raised, which is a bug.
+    """
+
+    def __init__(
+        self,
+        limit: int = LIMIT,
+        idle_seconds: float = IDLE_SECONDS,
+        on_error: Callable[[str, Exception], None] | None = None,
+    ) -> None:
+        self._lock = threading.Lock()  # guards `_stopped`, `_waiting` and `_threads`, and what is promised to them
+        self._orders: queue.SimpleQueue[tuple[str, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._stopped = False
         self._waiting = 0  # threads that wait and are not spoken for
         self._threads: set[threading.Thread] = set()
         self._limit = limit
-        self._idle_seconds = idle_seconds
+        self._on_error = on_error
+        self.idle_seconds = idle_seconds
 
     def __repr__(self) -> str:
         return f"<Pumps {len(self._threads)} threads, {self._waiting} waiting>"
@@ -71,47 +90,50 @@ class Pumps:
     def threads(self) -> int:
         return len(self._threads)
 
+    @property
+    def waiting(self) -> int:
+        """Threads that have nothing to do and will end unless they are given something."""
+        return self._waiting
+
     def run(self, name: str, work: Callable[[], None]) -> None:
         """Run this on a thread called `name`. Raises RuntimeError when no thread can be had."""
         with self._lock:
             if self._waiting:
                 self._waiting -= 1
-                self._work.put((name, work))
+                self._orders.put((name, work))
                 return
-            if len(self._threads) >= self._limit:
-                raise RuntimeError(f"all {self._limit} pump threads are busy")
+            if self._stopped or len(self._threads) >= self._limit:
+                raise RuntimeError(f"no pump thread for {name}: {'stopped' if self._stopped else 'all are busy'}")
             thread = threading.Thread(target=self._serve, args=(name, work), name=name)
+            thread.start()  # under the lock, so that `stop` finds none that has not begun
             self._threads.add(thread)
-        try:
-            thread.start()
-        except RuntimeError:
-            with self._lock:
-                self._threads.discard(thread)
-            raise
 
     def stop(self) -> None:
         """Wait for the work in hand, which somebody must have ended, and for every thread."""
         with self._lock:
-            threads = list(self._threads)
+            self._stopped = True
             self._waiting = 0
+            threads = list(self._threads)
             for _ in threads:
-                self._work.put(None)
+                self._orders.put(None)
         for thread in threads:
             thread.join()
 
     def _serve(self, name: str, work: Callable[[], None]) -> None:
         this = threading.current_thread()
+        order: tuple[str, Callable[[], None]] | None = (name, work)
         try:
-            while True:
-                this.name = name
-                work()
+            while order is not None:
+                this.name, work = order
+                try:
+                    work()
+                except Exception as error:
+                    if self._on_error is None:
+                        raise
+                    self._on_error(f"pump {this.name}", error)
                 this.name = "pump-waiting"
-                with self._lock:
-                    self._waiting += 1
+                del work  # and with it the sockets of a connection that is over
                 order = self._next_order()
-                if order is None:
-                    return
-                name, work = order
         finally:
             _close_pipe()
             with self._lock:
@@ -119,9 +141,12 @@ class Pumps:
 
     def _next_order(self) -> tuple[str, Callable[[], None]] | None:
         """The next piece of work, or None when it is time to go."""
+        with self._lock:
+            if not self._stopped:
+                self._waiting += 1
         while True:
             try:
-                return self._work.get(timeout=self._idle_seconds)
+                return self._orders.get(timeout=self.idle_seconds)
             except queue.Empty:
                 with self._lock:
                     if self._waiting:

@@ -26,12 +26,10 @@ from typing import Any, Protocol
 
 READ = 1  # EPOLLIN
 WRITE = 4  # EPOLLOUT
-HANGUP = 0x18  # EPOLLERR | EPOLLHUP: always reported, whatever was asked for
-NOTHING = 0  # stay registered, for HANGUP alone
 
 NEVER = float("inf")
 
-Handler = Callable[[int], None]  # is given the mask that is ready
+Handler = Callable[[int], None]  # is given the mask that is ready, with EPOLLERR and EPOLLHUP where the system tells them
 
 
 class Timed(Protocol):
@@ -53,27 +51,19 @@ class _Poller(Protocol):
 
 
 class _PortablePoller:
-    """select.epoll's four calls on whatever the system has. A mask of NOTHING is not watched at all here."""
+    """select.epoll's calls on whatever the system has."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
-        self._silent: set[int] = set()
 
     def register(self, fd: int, mask: int) -> None:
-        if mask:
-            self._selector.register(fd, self._events(mask))
-        else:
-            self._silent.add(fd)
+        self._selector.register(fd, self._events(mask))
 
     def modify(self, fd: int, mask: int) -> None:
-        self.unregister(fd)
-        self.register(fd, mask)
+        self._selector.modify(fd, self._events(mask))
 
     def unregister(self, fd: int) -> None:
-        if fd in self._silent:
-            self._silent.discard(fd)
-        else:
-            self._selector.unregister(fd)
+        self._selector.unregister(fd)
 
     def poll(self, timeout: float | None) -> list[tuple[int, int]]:
         ready = self._selector.select(timeout)
@@ -118,11 +108,12 @@ class Reactor:
         self.add(self._bell.fileno(), READ, self._bell_rang)
 
     def add(self, fd: int, mask: int, handler: Handler) -> None:
-        self.handlers[fd] = handler
+        """Watch a descriptor. Raises OSError where the system can watch no more."""
         self._poller.register(fd, mask)
+        self.handlers[fd] = handler
 
     def watch(self, fd: int, mask: int) -> None:
-        """Change what a descriptor is watched for: READ, WRITE, both or NOTHING."""
+        """Change what a descriptor is watched for: READ, WRITE or both."""
         self._poller.modify(fd, mask)
 
     def remove(self, fd: int) -> None:
@@ -139,6 +130,13 @@ class Reactor:
         """Call this after the current batch. Only the reactor's own thread may ask."""
         self._calls.append((function, arguments))
 
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call this now, on the reactor's own thread: where it raises, its owner is lost and the caller is not."""
+        try:
+            function(*arguments)
+        except Exception as error:  # one connection's bug must not end all others
+            self._crashed(function, error)
+
     def wake(self) -> None:
         try:
             self._bell_button.send(b"\0")
@@ -152,7 +150,10 @@ class Reactor:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the loop after the current batch, wait for its thread, and close what the reactor itself holds."""
+        """End the loop, wait for its thread, and close what the reactor itself holds.
+
+        What was asked for by `call_soon` before this is still called.
+        """
         self._stopped = True
         self.wake()
         if self._thread is not None:
@@ -178,15 +179,16 @@ class Reactor:
                 handler = handlers.get(fd)
                 if handler is None:
                     continue
-                try:
+                try:  # as in `call`, without the cost of calling that
                     handler(mask)
-                except Exception as error:  # one connection's bug must not end all others
+                except Exception as error:
                     self._crashed(handler, error)
             if self._calls:
                 self._make_calls()
             if now >= next_sweep:
                 self._sweep(now)
                 next_sweep = now + self._tick
+        self._make_calls()
 
     def _bell_rang(self, mask: int) -> None:
         try:
@@ -197,20 +199,14 @@ class Reactor:
     def _make_calls(self) -> None:
         for _ in range(len(self._calls)):
             function, arguments = self._calls.popleft()
-            try:
-                function(*arguments)
-            except Exception as error:
-                self._crashed(function, error)
+            self.call(function, *arguments)
 
     def _sweep(self, now: float) -> None:
         for timed in [timed for timed in self.timed if timed.deadline <= now]:
             if timed.deadline > now or timed not in self.timed:
                 continue  # an earlier one's end changed it
             timed.deadline = NEVER
-            try:
-                timed.expired(now)
-            except Exception as error:
-                self._crashed(timed.expired, error)
+            self.call(timed.expired, now)
 
     def _crashed(self, function: Callable[..., None], error: Exception) -> None:
         method = getattr(function, "func", function)  # what a partial stands for

@@ -20,7 +20,7 @@ def test_repr_is_a_status_line():
     assert repr(backend) == "<Backend 1 127.0.0.1:8001 up weight=2 active=3>"
     backend = make(id="spare", host="::1", backup=True)
     backend.healthy = False
-    assert repr(backend) == "<Backend spare [::1]:8001 down weight=1 active=0 backup>"
+    assert repr(backend) == "<Backup spare [::1]:8001 down weight=1 active=0>"
 
 
 @pytest.mark.parametrize(

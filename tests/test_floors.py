@@ -20,6 +20,7 @@ FLOORS = (
     ("balancer.reactor", "balancer.pump", "balancer.stream", "balancer.upstream", "balancer.health"),
     ("balancer.frontend", "balancer.tunnel", "balancer.tcp_session", "balancer.http_session"),
     ("balancer.listener", "balancer.admin", "balancer.reload", "balancer.supervisor"),
+    ("balancer.balancer",),
     ("lb", "health_checker", "backend_server", "client"),
 )
 """From the ground up. A module imports from its own floor and from those below; it may be named before it is built."""

@@ -145,11 +145,10 @@ def test_a_reader_that_has_gone_is_no_traceback(tmp_path):
         ([], '[{"host": "h"}]', 'health_checker.py: servers.json: servers[0]: "port" is missing'),
         (["--interval", "often"], None, "health_checker.py: --interval: must be a number of seconds, not the string"),
         (["--interval", "0"], None, "health_checker.py: --interval: must be "),
-        (["--log-file", "no/such/place.log"], None, "health_checker.py: --log-file: "),
         (["--twice"], None, "health_checker.py: unrecognized arguments: --twice"),
         (["--interval"], None, "health_checker.py: argument --interval: expected one argument"),
     ],
-    ids=["no-file", "json", "key", "text", "zero", "log", "flag", "value"],
+    ids=["no-file", "json", "key", "text", "zero", "flag", "value"],
 )
 def test_a_mistake_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, text, line):
     monkeypatch.chdir(tmp_path)
@@ -162,6 +161,15 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, argum
     assert (status, output) == (2, "")
     assert errors.startswith(line)
     assert errors.count("\n") == 1
+
+
+@pytest.mark.program
+def test_a_log_that_cannot_be_written_is_one_line_and_status_2(tmp_path):
+    with FakeBackend(OK) as fake:
+        result = run("--config", configuration(tmp_path, fake), "--log-file", tmp_path / "no" / "such.log")
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"health_checker.py: --log-file: {tmp_path}/no/such.log cannot be opened: ")
+        assert result.stderr.count("\n") == 1
 
 
 def test_a_pool_that_is_watched_tells_each_first_result_once():

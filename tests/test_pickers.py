@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -115,6 +116,13 @@ def test_positions_outlive_the_picker():
     candidates = backends(1, 1, 1)
     assert picks(RoundRobin(), candidates, 2) == ["1", "2"]
     assert picks(RoundRobin(), candidates, 3) == ["3", "1", "2"]
+
+
+def test_one_that_joins_with_a_new_picker_gets_no_burst():
+    """A reload that changes the policy and adds a backend: the others' positions are far ahead of nothing."""
+    candidates = backends(1, 1, 1)
+    picks(RoundRobin(), candidates[:2], 1000)
+    assert sorted(picks(RoundRobin(), candidates, 6)) == list("112233")
 
 
 def test_a_retry_among_fewer_leaves_the_order_intact():
@@ -236,6 +244,19 @@ def test_ip_hash_follows_a_set_that_changes_and_changes_back():
     assert picker.pick(everyone, "10.1.2.3") is home
 
 
+@pytest.mark.parametrize("octet", [b"\0", b"\xff"])
+def test_the_extreme_hashes_are_drawn_like_any_other(monkeypatch, octet):
+    class Extreme:
+        def __init__(self, data: bytes, digest_size: int) -> None:
+            self.size = digest_size
+
+        def digest(self) -> bytes:
+            return octet * self.size
+
+    monkeypatch.setattr(hashlib, "blake2b", Extreme)
+    assert picks(IpHash(), backends(1, 2), 1) == ["2"]
+
+
 # Least time -------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +300,31 @@ def test_least_time_tries_who_was_never_measured():
     clock = Clock()
     (known,) = timed(clock, 0.001)
     assert picks(LeastTime(Dice(0.0), clock), (known, backends(1, 1)[1]), 1) == ["2"]
+
+
+def test_least_time_sends_one_request_to_find_out():
+    """One that was never measured and hangs would otherwise draw everything."""
+    clock = Clock()
+    (known,) = timed(clock, 0.01)
+    new = backends(1, 1)[1]
+    picker = LeastTime(Dice(0.0), clock)
+    for _ in range(10):
+        picker.pick((known, new), "").active += 1
+    assert (known.active, new.active) == (9, 1)
+
+
+def test_least_time_does_not_take_a_long_silence_for_speed():
+    clock = Clock()
+    quick, hangs = candidates = timed(clock, 0.01, 0.01)
+    clock.now += 100 * AVERAGE_HALF_LIFE
+    picker = LeastTime(Dice(0.0), clock)
+    for _ in range(100):
+        chosen = picker.pick(candidates, "")
+        if chosen is hangs:
+            hangs.active += 1
+        else:
+            quick.answered_in(0.01, clock.now)
+    assert hangs.active <= 16
 
 
 def test_least_time_gives_who_was_slow_once_another_chance():
