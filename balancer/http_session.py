@@ -677,7 +677,10 @@ class HttpSession:
             self._front.upstreams.keep(upstream)
         else:
             self._front.upstreams.discard(upstream)
-        self._go_on(hasty=whole and not self._buffer)
+        if self._persistent:
+            self._rest()
+        else:
+            self._go_on(hasty=whole and not self._buffer)
 
     def _fail(self, status: int, code: str, reason: str) -> None:
         """Answer the request ourselves, or, if an answer has begun, cut it."""
@@ -878,7 +881,7 @@ class HttpSession:
             self._reactor.add(self._fd, READ, self.on_client)
 
     def _log(self) -> None:
-        request = self._request
+        request, upstream = self._request, self._upstream
         self._front.record(
             (
                 time.time(),
@@ -886,13 +889,13 @@ class HttpSession:
                 request.line if request is not None else self._buffer.partition(b"\r\n")[0][:LONGEST_LOGGED],
                 self._status,
                 self._octets_out,
-                self._backend_id,
+                upstream.backend.id if upstream is not None else self._backend_id,
                 -1.0,
                 self._connected_after,
                 self._answered_after,
                 self._reactor.now - self._began,
                 self._code,
-                len(self.tried) + (self._upstream is not None),
+                len(self.tried) + (upstream is not None),
                 self._request_id,
                 self._octets_in,
             )

@@ -77,10 +77,7 @@ def text_exchange(record: Exchange) -> str:
     """
     ended, client, line, status, bytes_out, backend, _, _, _, total, code, tries, request_id, bytes_in = record
     if line or status:
-        request = line.decode("ascii", "surrogateescape")
-        if _UNQUOTABLE.search(request):
-            request = _quotable(request)
-        what = f'"{request}" {status or "-"} {bytes_out}'
+        what = f'"{_request(line)}" {status or "-"} {bytes_out}'
     else:
         what = f"tcp {bytes_in}/{bytes_out}"
     date = _date(int(ended * 1000))
@@ -108,10 +105,18 @@ def _second(seconds: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
+@lru_cache(maxsize=256)
+def _request(line: bytes) -> str:
+    """A request line, fit for quotes. What is asked for once is mostly asked for again."""
+    return _quotable(line.decode("ascii", "surrogateescape"))
+
+
 _UNQUOTABLE = re.compile(r"[^ !#-\[\]-~]")  # all but printable ASCII, and the quote and the backslash of it
 
 
 def _quotable(text: str) -> str:
+    if not _UNQUOTABLE.search(text):
+        return text
     return _UNQUOTABLE.sub(lambda match: _escape(match[0]), text)
 
 
