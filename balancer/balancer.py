@@ -156,6 +156,10 @@ class LoadBalancer:
     def _follow_change(self, backend: Backend) -> None:
         if not backend.eligible:
             self.upstreams.drop_idle(backend)
+        if not backend.healthy and backend.check.endswith("TOUT"):
+            # It is there and says nothing. One that refuses, or says that it is unwell, may finish what it has in hand.
+            for session in list(self.listener.sessions):
+                session.backend_hung(backend)
         self.upstreams.serve_waiting()
 
     def _crashed(self, where: str, error: Exception) -> None:

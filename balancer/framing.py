@@ -86,7 +86,7 @@ class ChunkedBody:
     __slots__ = ("_held", "_size", "_trailer", "done", "left", "rest")
 
     LONGEST_LINE = 1024  # octets of a chunk's size and its extensions
-    LONGEST_TRAILER = 16384  # octets of all trailer fields
+    LONGEST_TRAILER = 8192  # octets of all trailer fields
 
     def __init__(self) -> None:
         self.left: int | None = None
@@ -164,7 +164,6 @@ class ChunkedBody:
             raise FramingError(problem)
         self._held = data[position:]
         return len(data)
-
 
 
 Body = LengthBody | CloseBody | ChunkedBody

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any, Protocol
 
+from balancer.backend import Backend
 from balancer.config import Config
 from balancer.http1 import HeadLimits
 from balancer.journal import Journal
@@ -28,6 +29,9 @@ class Session(Timed, Protocol):
 
     def drain(self) -> None:
         """End after what is in hand; at once if nothing is."""
+
+    def backend_hung(self, backend: Backend) -> None:
+        """A backend was taken out because it says nothing any more."""
 
     def kill(self) -> None:
         """End now, whatever is in hand."""

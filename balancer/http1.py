@@ -51,7 +51,7 @@ _HOST = re.compile(
 )
 _ABSOLUTE = re.compile(rb"(?i:https?)://([^/?]*)(.*)")
 _DIGITS = re.compile(rb"[0-9]{1,18}")
-_LONE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")
+_LONE = re.compile(rb"\n(?<!\r\n)|\r(?!\n|\Z)|\x00")
 
 _NEVER_PASSED = frozenset(
     b"connection keep-alive proxy-connection te trailer transfer-encoding content-length upgrade".split()
@@ -60,6 +60,9 @@ _NEVER_PASSED = frozenset(
 _FORWARDED = frozenset(b"forwarded x-forwarded-for x-forwarded-proto x-forwarded-host x-forwarded-port".split())
 _REQUEST_NAMES = _NEVER_PASSED | _FORWARDED | {b"host", b"expect", b"max-forwards"}
 _ANSWER_NAMES = _NEVER_PASSED
+# What Connection names goes, save for what is ours to handle anyway, and Date, which an answer has to have.
+_REQUEST_STAYS = _REQUEST_NAMES | {b"close"}
+_ANSWER_STAYS = _ANSWER_NAMES | {b"close", b"date"}
 _SIGNS = b"!#$%&'*+.^_`|~"
 _HYPHENATED = bytes.maketrans(_SIGNS, b"-" * len(_SIGNS))
 
@@ -139,9 +142,10 @@ class RequestReader:
     def __init__(self, client: bytes, proto: bytes, authority: bytes, limits: HeadLimits) -> None:
         self._authority = authority
         self._limits = limits
-        self._suffix = (
-            b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Port: %b\r\nX-Forwarded-Host: "
-            % (client, proto, authority.rpartition(b":")[2])
+        self._suffix = b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Port: %b\r\nX-Forwarded-Host: " % (
+            client,
+            proto,
+            authority.rpartition(b":")[2],
         )
         self._scanned = 0  # octets of an unfinished head that were searched for its end
         self._head: bytes | tuple[()] = ()  # the last head; nothing begins with one of none
@@ -298,7 +302,10 @@ class RequestReader:
         elif lengths:
             fields.length = _content_length(lengths)
             framing = b"Content-Length: %d\r\n" % fields.length
-        fields.forward = _without(b"".join(kept), options, _REQUEST_NAMES) + framing
+        fields.forward = b"".join(kept)
+        if not _REQUEST_STAYS.issuperset(options):
+            fields.forward = _without(fields.forward, set(options) - _REQUEST_STAYS)
+        fields.forward += framing
         return fields
 
 
@@ -397,11 +404,13 @@ class AnswerReader:
         else:
             answer.length = _content_length(lengths) if lengths else UNTIL_CLOSE
         answer.reusable = b"close" not in options and (modern or b"keep-alive" in options)
-        answer.fields = _without(b"".join(kept), options, _ANSWER_NAMES)
-        # The two answers that are about a protocol must name it (RFC 9110 sections 15.2.2 and 15.5.22).
-        if answer.status in (101, 426):
-            if not upgrades:
-                raise HttpError(400, "a change of protocol that names none")
+        answer.fields = b"".join(kept)
+        if not _ANSWER_STAYS.issuperset(options):
+            answer.fields = _without(answer.fields, set(options) - _ANSWER_STAYS)
+        # The two answers that are about a protocol name it (RFC 9110 sections 15.2.2 and 15.5.22).
+        if answer.status == 101 and not upgrades:
+            raise HttpError(400, "a 101 without an Upgrade field")
+        if answer.status in (101, 426) and upgrades:
             answer.fields += b"Connection: Upgrade\r\nUpgrade: %b\r\n" % b", ".join(upgrades)
 
 
@@ -555,9 +564,6 @@ def _transfer_coding(codings: list[bytes], lengths: list[bytes]) -> int:
     return CHUNKED
 
 
-def _without(block: bytes, options: list[bytes], handled: frozenset[bytes]) -> bytes:
-    """The block without the fields that Connection names, beyond those that never stay or are ours to write."""
-    names = {option for option in options if option not in handled and option not in (b"close", b"date")}
-    if not names:
-        return block
+def _without(block: bytes, names: set[bytes]) -> bytes:
+    """The block without the fields of these names, which are in lower case."""
     return _ANY_FIELD.sub(lambda field: b"" if field[1].lower() in names else field[0], block)

@@ -47,7 +47,7 @@ from balancer.pump import End, Flow, relay_body, wait_at_most
 from balancer.reactor import NEVER, READ, Reactor
 from balancer.tcp_session import tunnel_code
 from balancer.tunnel import Tunnel
-from balancer.upstream import Attempt, Upstream
+from balancer.upstream import NONE_AVAILABLE, Attempt, Refusal, Upstream
 
 DONTWAIT: Final = socket.MSG_DONTWAIT
 RECEIVE: Final = 65536  # octets asked for at once
@@ -112,6 +112,7 @@ class HttpSession:
         "attempt",
         "client_ip",
         "deadline",
+        "refusal",
         "tried",
     )
 
@@ -130,6 +131,7 @@ class HttpSession:
         self.deadline = NEVER
         self.attempt: Attempt | None = None
         self.tried: list[Backend] = []
+        self.refusal = NONE_AVAILABLE
         self._upstream: Upstream | None = None
         self._tunnel: Tunnel | None = None
         self._up_pump: Flow | None = None
@@ -241,12 +243,12 @@ class HttpSession:
                 self._close()
         elif state is SEEKING:
             self._front.upstreams.cancel(self)
-            self.unserved(503, "sQ", "no backend became free in time")
+            self.unserved(*self.refusal)
         elif state is WAITING:
             if self._up_body is not None and not self._waits_for_continue:
                 self._fail(408, "cD", "the request's body did not come in time")
             else:
-                self._fail(504, "sH", f"backend {self._backend_id} did not answer in time")
+                self._repeat_or_fail((504, "sH", f"backend {self._backend_id} did not answer in time"))
         elif state is ANSWERING:
             self._cut("s")
         elif state is ANSWERED:
@@ -254,6 +256,11 @@ class HttpSession:
             self._finish_exchange()
         else:
             self._close()
+
+    def backend_hung(self, backend: Backend) -> None:
+        """Its probes time out: what it has not answered is not waited for any longer."""
+        if self._state is WAITING and self._upstream is not None and self._upstream.backend is backend:
+            self._repeat_or_fail((504, "DH", f"backend {backend.id} hangs and was taken out"))
 
     def crashed(self, error: Exception) -> None:
         """A bug: this exchange is lost, and nothing else is."""
@@ -292,6 +299,7 @@ class HttpSession:
         elif not self._begin_body(request, rest):
             return
         self.tried = []
+        self.refusal = NONE_AVAILABLE
         upstream = self._front.upstreams.obtain(self)
         if upstream is not None:
             self.connected(upstream)
@@ -441,6 +449,8 @@ class HttpSession:
             self._fail(504, "sD", f"backend {self._backend_id} does not take the request's body")
         elif end is End.BAD:
             self._bad_upload(flow.problem)
+        elif end is End.FAILED:
+            self._fail(500, "ID", "an error within the balancer")
         elif end is End.SILENT:
             self._fail(408, "cD", "the request's body did not come in time")
         else:
@@ -641,21 +651,42 @@ class HttpSession:
         return False
 
     def _no_answer(self) -> None:
-        """The backend closed, and no head came. What was asked may be asked again only if that changes nothing."""
-        upstream, request = self._upstream, self._request
+        """The backend closed, and no head came."""
+        upstream = self._upstream
         assert upstream is not None
+        if upstream.reused and self._may_repeat:
+            # It may have been closed before the request was there: the same backend has another chance.
+            self._seek_again()
+            self._front.upstreams.renew(self, upstream)
+        else:
+            self._repeat_or_fail((502, "SH", f"backend {self._backend_id} closed the connection without an answer"))
+
+    @property
+    def _may_repeat(self) -> bool:
+        """May the request be sent again? If that changes nothing (RFC 9110 section 9.2.2), and if it is still here."""
+        request = self._request
         assert request is not None
-        upstreams = self._front.upstreams
-        if self._answer_buffer or not (request.idempotent and self._up_replayable and self._up_body is None):
-            self._fail(502, "SH", f"backend {self._backend_id} closed the connection without an answer")
-            return
+        return (
+            request.idempotent
+            and self._up_replayable
+            and self._up_body is None
+            and self._up_pump is None
+            and not self._answer_buffer
+        )
+
+    def _repeat_or_fail(self, refusal: Refusal) -> None:
+        upstream = self._upstream
+        assert upstream is not None
+        if self._may_repeat:
+            self._seek_again()
+            self._front.upstreams.seek_another(self, upstream, refusal)
+        else:
+            self._fail(*refusal)
+
+    def _seek_again(self) -> None:
         self._upstream = None
         self._state = SEEKING
         self.deadline = NEVER
-        if upstream.reused:
-            upstreams.renew(self, upstream)
-        else:
-            upstreams.seek_another(self, upstream)
 
     # ---- the end of an exchange -------------------------------------------------------------------------------
 
@@ -923,6 +954,7 @@ _CUT_BY: Final = {
     End.BAD: "P",
     End.SINK_LOST: "C",
     End.SINK_STUCK: "c",
+    End.FAILED: "I",
 }
 # Where it ended: the second letter.
 _PHASES: Final = {IDLE: "R", SEEKING: "C", WAITING: "H", ANSWERING: "D", ANSWERED: "D", TUNNEL: "D"}

@@ -49,7 +49,11 @@ class End(enum.Enum):
 
 
 class Flow:
-    """What a pump moves, and how far it came. `octets` counts what was sent on, without chunk framing."""
+    """What a pump moves, and how far it came.
+
+    `octets` counts what was sent on, without chunk framing; where the sink failed, the piece that was copied just then is
+    left out.
+    """
 
     __slots__ = ("copies", "end", "octets", "problem", "sink", "source")
 
@@ -90,11 +94,6 @@ class Pumps:
     def threads(self) -> int:
         return len(self._threads)
 
-    @property
-    def waiting(self) -> int:
-        """Threads that have nothing to do and will end unless they are given something."""
-        return self._waiting
-
     def run(self, name: str, work: Callable[[], None]) -> None:
         """Run this on a thread called `name`. Raises RuntimeError when no thread can be had."""
         with self._lock:
@@ -121,19 +120,20 @@ class Pumps:
 
     def _serve(self, name: str, work: Callable[[], None]) -> None:
         this = threading.current_thread()
-        order: tuple[str, Callable[[], None]] | None = (name, work)
         try:
-            while order is not None:
-                this.name, work = order
+            while True:
+                this.name = name
                 try:
                     work()
                 except Exception as error:
                     if self._on_error is None:
                         raise
-                    self._on_error(f"pump {this.name}", error)
+                    self._on_error(f"pump {name}", error)
                 this.name = "pump-waiting"
-                del work  # and with it the sockets of a connection that is over
                 order = self._next_order()
+                if order is None:
+                    return
+                name, work = order
         finally:
             _close_pipe()
             with self._lock:
@@ -157,8 +157,11 @@ class Pumps:
 
 def wait_at_most(source: socket.socket, sink: socket.socket, silence: float, stuck: float) -> None:
     """Bound how long a pump waits for the source and for the sink, in seconds; 0 is for ever."""
-    source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(silence))
-    sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(stuck))
+    try:
+        source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(silence))
+        sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(stuck))
+    except OSError:
+        return  # macOS refuses this for a connection that is dead, and so will the pump's first call
 
 
 def _timeval(seconds: float) -> bytes:
@@ -172,17 +175,19 @@ def relay_body(flow: Flow, body: Body, encode: Encoder, first: bytes = b"", last
     Nothing behind the body is taken from the source, save what came in one piece with the end of the last chunk, which
     is in `body.rest`. The result stands in `flow`.
     """
+    flow.end = End.FAILED
     try:
         if first:
             _send_all(flow.sink, first)
         while not body.done:
+            most = PIECE if body.left is None else min(PIECE, body.left)
             if body.left is not None and encode is as_is:
-                moved = _move(flow, min(PIECE, body.left))
+                moved = _move(flow, most)
                 if moved:
                     body.skipped(moved)
-                    continue
-                body.eof()
-            elif data := _receive(flow.source, PIECE):
+                else:
+                    body.eof()
+            elif data := _receive(flow.source, most):
                 content = body.feed(data)
                 if content:
                     _send_all(flow.sink, encode(content))
@@ -191,6 +196,7 @@ def relay_body(flow: Flow, body: Body, encode: Encoder, first: bytes = b"", last
                 body.eof()
         if last:
             _send_all(flow.sink, last)
+        flow.end = End.DONE
     except _Ended as ended:
         flow.end, flow.problem = ended.end, ended.problem
     except Truncated as error:
@@ -201,7 +207,7 @@ def relay_body(flow: Flow, body: Body, encode: Encoder, first: bytes = b"", last
 
 def relay_stream(flow: Flow, first: bytes = b"") -> None:
     """Move whatever comes until the source ends, and then half-close the sink, or until the source is silent."""
-    flow.end = End.DONE
+    flow.end = End.FAILED
     try:
         if first:
             _send_all(flow.sink, first)
@@ -209,6 +215,7 @@ def relay_stream(flow: Flow, first: bytes = b"") -> None:
         while _move(flow, PIECE):
             pass
         _half_close(flow.sink)
+        flow.end = End.DONE
     except _Ended as ended:
         flow.end, flow.problem = ended.end, ended.problem
 
@@ -253,21 +260,31 @@ _of_thread = threading.local()  # .pipe: the pump thread's pipe, empty between t
 
 def _move(flow: Flow, most: int) -> int:
     """Pass on up to so many octets unread, and count them. 0 at the source's end."""
-    pipe = getattr(_of_thread, "pipe", None) or _open_pipe()
-    if pipe is None:
-        data = _receive(flow.source, most)
-        if data:
-            _send_all(flow.sink, data)
-            flow.octets += len(data)
-        return len(data)
+    if not flow.copies:
+        pipe = getattr(_of_thread, "pipe", None) or _open_pipe()
+        if pipe is not None:
+            moved = _splice(flow, pipe, most)
+            if moved is not None:
+                return moved
+        flow.copies = True
+    data = _receive(flow.source, most)
+    if data:
+        _send_all(flow.sink, data)
+        flow.octets += len(data)
+    return len(data)
+
+
+def _splice(flow: Flow, pipe: tuple[int, int], most: int) -> int | None:
+    """Move octets through the pipe; None, with nothing done, where the source's kind of socket does not allow it."""
     outlet, inlet = pipe
     try:
-        moved = os.splice(flow.source.fileno(), inlet, most)
+        left = moved = os.splice(flow.source.fileno(), inlet, most)
     except BlockingIOError as error:
         raise _Ended(End.SILENT, error) from None
     except OSError as error:
+        if error.errno in _UNSPLICEABLE:
+            return None
         raise _Ended(End.SOURCE_LOST, error) from None
-    left = moved
     sink = flow.sink.fileno()
     try:
         while left:
@@ -275,7 +292,13 @@ def _move(flow: Flow, most: int) -> int:
     except BlockingIOError as error:
         raise _Ended(End.SINK_STUCK, error) from None
     except OSError as error:
-        raise _Ended(End.SINK_LOST, error) from None
+        if error.errno not in _UNSPLICEABLE:
+            raise _Ended(End.SINK_LOST, error) from None
+        flow.copies = True
+        while left:
+            data = os.read(outlet, left)
+            _send_all(flow.sink, data)
+            left -= len(data)
     finally:
         flow.octets += moved - left
         if left:
@@ -284,17 +307,19 @@ def _move(flow: Flow, most: int) -> int:
 
 
 def _open_pipe() -> tuple[int, int] | None:
-    """A pipe for this thread; None where splice or the descriptors for it are missing."""
-    if not hasattr(os, "splice"):
-        return None
+    """A pipe for this thread; None where there are no descriptors for it, or no pages to make it worth its while.
+
+    A user's pipes may have 64 MiB altogether, and beyond that get two pages each (pipe(7), pipe-user-pages-soft).
+    """
     try:
         pipe = os.pipe()
     except OSError:
         return None
     try:
         fcntl.fcntl(pipe[1], _F_SETPIPE_SZ, PIECE)
-    except PermissionError:
-        pass  # the user's pages for pipes are used up: this one keeps the usual 64 KiB
+    except OSError:
+        _close(pipe)
+        return None
     _of_thread.pipe = pipe
     return pipe
 
@@ -303,5 +328,9 @@ def _close_pipe() -> None:
     pipe = getattr(_of_thread, "pipe", None)
     if pipe is not None:
         _of_thread.pipe = None
-        for end in pipe:
-            os.close(end)
+        _close(pipe)
+
+
+def _close(pipe: tuple[int, int]) -> None:
+    for end in pipe:
+        os.close(end)

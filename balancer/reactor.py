@@ -29,7 +29,7 @@ WRITE = 4  # EPOLLOUT
 
 NEVER = float("inf")
 
-Handler = Callable[[int], None]  # is given the mask that is ready, with EPOLLERR and EPOLLHUP where the system tells them
+Handler = Callable[[int], None]  # is given the mask that is ready; where there is epoll, EPOLLERR and EPOLLHUP too
 
 
 class Timed(Protocol):

@@ -12,10 +12,9 @@ import time
 from balancer.backend import Backend
 from balancer.config import format_address
 from balancer.frontend import Frontend
-from balancer.pump import End
 from balancer.reactor import NEVER
-from balancer.tunnel import Direction, Tunnel
-from balancer.upstream import Attempt, Upstream
+from balancer.tunnel import Tunnel
+from balancer.upstream import NONE_AVAILABLE, Attempt, Upstream
 
 
 class TcpSession:
@@ -28,36 +27,46 @@ class TcpSession:
         self._began = front.reactor.now
         self._upstream: Upstream | None = None
         self._tunnel: Tunnel | None = None
+        self._finished = False
         self._connected_after = -1.0
         self.client_ip = address[0]
         self._client = format_address(address[0], address[1])
         self.tried: list[Backend] = []
+        self.refusal = NONE_AVAILABLE
         self.attempt: Attempt | None = None
         self.deadline = NEVER
 
     def start(self) -> None:
         self._front.reactor.timed.add(self)
-        self._front.upstreams.obtain(self)
+        upstream = self._front.upstreams.obtain(self)
+        if upstream is not None:
+            self.connected(upstream)
 
     def drain(self) -> None:
         """A connection in TCP mode is one piece of work: it goes on until it ends or is killed."""
+
+    def backend_hung(self, backend: Backend) -> None:
+        """A connection in TCP mode cannot be given to another backend, and may outlive a pause of its own."""
 
     def kill(self) -> None:
         if self._tunnel is not None:
             self._tunnel.kill()
         else:
-            self._front.upstreams.cancel(self)
-            self._finish("KC")
+            self._give_up("KC")
 
     def expired(self, now: float) -> None:
-        self._front.upstreams.cancel(self)
-        self._finish("sQ")
+        self._give_up("sQ")
 
     def crashed(self, error: Exception) -> None:
-        self.kill()
+        """A bug: this connection is lost, and nothing else is."""
+        if self._tunnel is not None:
+            self._tunnel.crashed(error)
+        else:
+            self._give_up("IC")
 
     def connected(self, upstream: Upstream) -> None:
         front = self._front
+        self.deadline = NEVER
         self._upstream = upstream
         self._connected_after = front.reactor.now - self._began
         front.reactor.remove(upstream.fd)
@@ -81,10 +90,20 @@ class TcpSession:
     def _tunnel_ended(self, tunnel: Tunnel) -> None:
         self._finish(tunnel_code(tunnel))
 
+    def _give_up(self, code: str) -> None:
+        """End it before there is a tunnel."""
+        self._front.upstreams.cancel(self)
+        self._finish(code)
+
     def _finish(self, code: str) -> None:
+        """Close, log and be gone. What else happens within this batch may ask for it once more."""
+        if self._finished:
+            return
+        self._finished = True
         front = self._front
         front.reactor.timed.discard(self)
         upstream, tunnel = self._upstream, self._tunnel
+        self._upstream = self._tunnel = None  # the tunnel refers to this session, too
         self._sock.close()
         if upstream is not None:
             front.upstreams.discard(upstream)
@@ -112,19 +131,4 @@ class TcpSession:
 
 def tunnel_code(tunnel: Tunnel) -> str:
     """The termination code of a tunnel that has ended."""
-    if tunnel.killed:
-        return "KD"
-    if tunnel.timed_out:
-        return "cD"
-    if tunnel.no_thread:
-        return "RD"
-    broken: Direction | None = tunnel.broken
-    if broken is None:
-        return "--"
-    end = broken.flow.end
-    from_client = broken is tunnel.up
-    if end is End.SINK_STUCK:
-        return "sD" if from_client else "cD"
-    if end is End.SOURCE_LOST:
-        return "CD" if from_client else "SD"
-    return "SD" if from_client else "CD"
+    return tunnel.code

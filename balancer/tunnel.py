@@ -2,16 +2,22 @@
 
 Each direction is by itself in one of three states. *Pumped*: a pump thread shuttles it. *Resting*: its source was
 silent for a while, so the pump was given back and the reactor watches the source; the first byte starts a pump again.
-*Ended*: its source closed, and that was passed on as a half-close; the other direction goes on.
+*Ended*: its source closed, and that was passed on as a half-close, or it broke; the other direction goes on.
 A tunnel that is silent thus costs two registered descriptors and no thread.
 
-When one direction breaks, or both were silent for too long, both sockets are shut down, which ends the other pump.
+How a direction that breaks ends the other one:
+- A sink that is lost sends nothing new, but what it sent before may still lie here, such as the answer of a server that
+  did not want the rest of a request: the other direction goes on, and soon comes to that end by itself.
+- A source that is lost has reset its connection: what it sent must not look complete, so the reset is passed on.
+- Whatever else happens, both sockets are shut down, which ends the pumps that still run.
+
 When both directions have ended the session is told; the session closes the sockets.
 """
 
 from __future__ import annotations
 
 import socket
+import struct
 from collections.abc import Callable
 from functools import partial
 
@@ -19,19 +25,21 @@ from balancer.pump import End, Flow, Pumps, relay_stream, wait_at_most
 from balancer.reactor import NEVER, READ, Reactor
 
 REST_AFTER = 2.0  # seconds of silence after which a direction gives its thread back
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 
 
 class Direction:
     """One of the two ways through a tunnel."""
 
-    __slots__ = ("ended", "flow", "name", "pumped", "resting_since")
+    __slots__ = ("codes", "ended", "flow", "name", "pumped", "resting")
 
-    def __init__(self, source: socket.socket, sink: socket.socket, name: str) -> None:
+    def __init__(self, source: socket.socket, sink: socket.socket, name: str, codes: dict[End, str]) -> None:
         self.flow = Flow(source, sink)
         self.name = name
+        self.codes = codes
         self.pumped = False
+        self.resting = False
         self.ended = False
-        self.resting_since = 0.0
 
 
 class Tunnel:
@@ -55,35 +63,31 @@ class Tunnel:
         self._reactor = reactor
         self._pumps = pumps
         self._idle = idle
+        self._rest_after = min(REST_AFTER, idle)
         self._on_end = on_end
-        self.up = Direction(client, backend, f"{name}-up")
-        self.down = Direction(backend, client, f"{name}-down")
+        self.up = Direction(client, backend, f"{name}-up", _UP_CODES)
+        self.down = Direction(backend, client, f"{name}-down", _DOWN_CODES)
         self.deadline = NEVER
-        self.broken: Direction | None = None  # the one that failed first
-        self.timed_out = False
-        self.killed = False
-        self.no_thread = False
+        self.code = "--"  # what ended it first, as the log says it
+        self._cut = False
 
     def start(self, up_first: bytes = b"", down_first: bytes = b"") -> None:
         """Begin, with bytes that were received already. Called once."""
-        rest_after = min(REST_AFTER, self._idle)
-        for direction in (self.up, self.down):
-            wait_at_most(direction.flow.source, direction.flow.sink, rest_after, self._idle)
         self._reactor.timed.add(self)
+        for direction in (self.up, self.down):
+            wait_at_most(direction.flow.source, direction.flow.sink, self._rest_after, self._idle)
         self._pump(self.up, up_first)
         self._pump(self.down, down_first)
 
     def kill(self) -> None:
         """End it now: an operator's word, or the balancer's stop."""
-        self.killed = True
-        self._break_off()
+        self._break_off("KD")
 
     def expired(self, now: float) -> None:
-        self.timed_out = True
-        self._break_off()
+        self._break_off("cD")
 
     def crashed(self, error: Exception) -> None:
-        self._break_off()
+        self._break_off("ID")
 
     def _pump(self, direction: Direction, first: bytes = b"") -> None:
         if direction.ended:
@@ -94,8 +98,7 @@ class Tunnel:
             self._pumps.run(direction.name, partial(self._run, direction, first))
         except RuntimeError:
             direction.pumped = False
-            self.no_thread = True
-            self._break_off()
+            self._break_off("RD")
 
     def _run(self, direction: Direction, first: bytes) -> None:
         """On a pump thread: move bytes, then hand the direction back to the reactor, however that ended."""
@@ -107,41 +110,57 @@ class Tunnel:
     def _pump_ended(self, direction: Direction) -> None:
         direction.pumped = False
         end = direction.flow.end
-        if end is End.SILENT and not self._over:
+        silent = end is End.SILENT
+        if self._cut or end is End.DONE:
+            direction.ended = True
+        elif silent:
             self._rest(direction)
-            return
-        direction.ended = True
-        if end is not End.DONE and not self._over:
-            self.broken = direction
-            self._break_off()
+        else:
+            direction.ended = True
+            self._follow(direction, end)
+        if not (self.up.pumped or self.down.pumped):
+            # The last octet, or end, of both came just now or, where a pump has waited in vain, that much earlier.
+            self.deadline = self._reactor.now + self._idle - (self._rest_after if silent else 0.0)
         self._end_if_both_did()
 
-    @property
-    def _over(self) -> bool:
-        return self.broken is not None or self.timed_out or self.killed or self.no_thread
+    def _follow(self, broken: Direction, end: End) -> None:
+        """Have the other direction end as well: see the head of this file."""
+        code = broken.codes[end]
+        if end is End.SINK_LOST:
+            self._note(code)
+        elif end is End.SOURCE_LOST:
+            broken.flow.sink.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            self._break_off(code, socket.SHUT_RD)  # both would send the end of the stream, ahead of the reset
+        else:
+            self._break_off(code)
 
     def _rest(self, direction: Direction) -> None:
-        now = self._reactor.now
-        direction.resting_since = now
         self._reactor.add(direction.flow.source.fileno(), READ, partial(self._woken, direction))
-        if not (self.up.pumped or self.down.pumped):
-            self.deadline = now + self._idle - min(REST_AFTER, self._idle)
+        direction.resting = True
+
+    def _wake(self, direction: Direction) -> None:
+        self._reactor.remove(direction.flow.source.fileno())
+        direction.resting = False
 
     def _woken(self, direction: Direction, mask: int) -> None:
-        self._reactor.remove(direction.flow.source.fileno())
-        direction.resting_since = 0.0
+        self._wake(direction)
         self._pump(direction)
 
-    def _break_off(self) -> None:
-        """Shut both sockets down: pumps that run end by themselves, directions that rest end here."""
+    def _note(self, code: str) -> None:
+        if self.code == "--":
+            self.code = code
+
+    def _break_off(self, code: str, how: int = socket.SHUT_RDWR) -> None:
+        """Shut both sockets down, which ends the pumps that run; directions that rest end here."""
+        self._note(code)
+        self._cut = True
         for direction in (self.up, self.down):
-            if direction.resting_since:
-                self._reactor.remove(direction.flow.source.fileno())
-                direction.resting_since = 0.0
+            if direction.resting:
+                self._wake(direction)
             if not direction.pumped:
                 direction.ended = True
             try:
-                direction.flow.source.shutdown(socket.SHUT_RDWR)
+                direction.flow.source.shutdown(how)
             except OSError:
                 continue  # it is gone already, and its pump with it
         self._end_if_both_did()
@@ -150,3 +169,19 @@ class Tunnel:
         if self.up.ended and self.down.ended and self in self._reactor.timed:
             self._reactor.timed.discard(self)
             self._on_end(self)
+
+
+# How the end of a direction's pump is told: who it was, as the first letter of a termination code, and that it was in
+# the data.
+_UP_CODES = {
+    End.SOURCE_LOST: "CD",
+    End.SINK_LOST: "SD",
+    End.SINK_STUCK: "sD",
+    End.FAILED: "ID",
+}
+_DOWN_CODES = {
+    End.SOURCE_LOST: "SD",
+    End.SINK_LOST: "CD",
+    End.SINK_STUCK: "cD",
+    End.FAILED: "ID",
+}

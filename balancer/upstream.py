@@ -5,6 +5,12 @@ at once, or None; then exactly one of `seeker.connected(upstream)` and `seeker.u
 A backend to which no connection can be opened is reported to the pool, and another is tried that was not tried yet.
 Opening a connection sends nothing of the request, so this is right for every method (RFC 9110 section 9.2.2).
 
+A seeker that finds nothing may wait, in one of two places, until its `deadline`:
+- in the queue, in order of arrival, while every backend that it has not tried is full; it is served by whoever gives a
+  lease back;
+- *stranded*, if `timeouts.no_backend` allows that, while there is none that it has not tried, or its retries are used
+  up; when a backend changes, and every RETRY_PAUSE seconds, it may try one more, be it one that it tried before.
+
 Who gets a connection holds the lease that comes with it, and ends it by `keep` or `discard`.
 Everything here runs on the reactor's thread.
 """
@@ -14,6 +20,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -27,9 +34,19 @@ from balancer.reactor import NEVER, READ, WRITE, Reactor
 # close after 5), so that it is us who close, and not they at the moment when a request is on its way.
 KEEP_IDLE = 4.0
 MOST_IDLE = 1024  # idle connections kept for one backend
+RETRY_PAUSE = 0.25  # seconds
 
-# Failures of ours, not the backend's: no descriptors, no memory, no ports.
-_OWN_FAILURES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
+# Failures of ours, which no other backend would be spared.
+_NO_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE))
+_SHORTAGES = _NO_DESCRIPTORS | {errno.ENOBUFS, errno.ENOMEM}
+_NO_ANSWER = -1  # in place of an errno: there was a connection, but it broke before an answer
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
+
+
+Refusal = tuple[int, str, str]  # status, termination code, and the reason in words
+NONE_AVAILABLE: Refusal = (503, "SC", "no backend is available")
+QUEUED_IN_VAIN: Refusal = (503, "sQ", "no backend became free in time")
+QUEUE_FULL: Refusal = (503, "PQ", "too many requests are waiting for a backend")
 
 
 class Seeker(Protocol):
@@ -37,6 +54,7 @@ class Seeker(Protocol):
 
     client_ip: str
     tried: list[Backend]  # those to which no connection could be opened
+    refusal: Refusal  # set while it waits: what it is told if that was in vain
     deadline: float
     attempt: Attempt | None  # the connection being opened, so that the seeker can cancel it
 
@@ -86,7 +104,7 @@ class Upstream:
 
 
 class Attempt:
-    """One connection being opened to one backend, address after address."""
+    """One connection being opened to one backend, address after address, each for its share of the time."""
 
     def __init__(self, owner: Upstreams, seeker: Seeker, backend: Backend) -> None:
         self._owner = owner
@@ -95,28 +113,32 @@ class Attempt:
         self._endpoints = list(backend.endpoints)
         self._sock: socket.socket | None = None
         self._began = owner.reactor.now
+        self._gives_up = self._began + owner.timeouts.connect
         self.deadline = NEVER
 
-    def begin(self) -> None:
-        error = errno.EHOSTUNREACH  # what a name without an address amounts to
+    def begin(self, error: int = errno.EHOSTUNREACH) -> None:
+        """Go on to the next address. `error` is why there is no connection yet: that a name has none, to begin with."""
+        reactor = self._owner.reactor
         while self._endpoints:
+            share = (self._gives_up - reactor.now) / len(self._endpoints)
             family, address = self._endpoints.pop(0)
             try:
-                sock = socket.socket(family, socket.SOCK_STREAM)
+                self._sock = sock = socket.socket(family, socket.SOCK_STREAM)
+                sock.setblocking(False)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                error = sock.connect_ex(address)
+                if error in (0, errno.EINPROGRESS):
+                    reactor.add(sock.fileno(), WRITE, self._ready)
+                    self.deadline = reactor.now + share
+                    reactor.timed.add(self)
+                    return
             except OSError as failure:
-                self._fail(failure.errno or errno.EMFILE)
-                return
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            error = sock.connect_ex(address)
-            if error in (0, errno.EINPROGRESS):
-                self._sock = sock
-                reactor = self._owner.reactor
-                self.deadline = reactor.now + self._owner.timeouts.connect
-                reactor.timed.add(self)
-                reactor.add(sock.fileno(), WRITE, self._ready)
-                return
-            sock.close()
+                error = failure.errno or errno.EINVAL
+            self._drop_socket()
+            if error in _NO_DESCRIPTORS and self._owner.drop_oldest_idle():
+                self._endpoints.insert(0, (family, address))
+            elif error in _SHORTAGES:
+                break
         self._fail(error)
 
     def cancel(self) -> None:
@@ -125,7 +147,8 @@ class Attempt:
         self._owner.release(self._backend)
 
     def expired(self, now: float) -> None:
-        self._fail(errno.ETIMEDOUT)
+        self._drop_socket()
+        self.begin(errno.ETIMEDOUT)
 
     def crashed(self, error: Exception) -> None:
         self._seeker.crashed(error)
@@ -134,14 +157,22 @@ class Attempt:
         sock = self._sock
         assert sock is not None
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        reactor = self._owner.reactor
+        if not error:
+            try:
+                if sock.getpeername() == sock.getsockname():
+                    # A port that nobody listens on was given to this very socket, which so has reached itself. The
+                    # reset leaves the port free for its owner.
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                    error = errno.ECONNREFUSED
+            except OSError as failure:
+                if failure.errno == errno.ENOTCONN:
+                    return  # the readiness of another socket, which had this number earlier in this batch
+                error = failure.errno or errno.EINVAL
         if error:
             self._drop_socket()
-            if self._endpoints:
-                self.begin()
-            else:
-                self._fail(error)
+            self.begin(error)
             return
+        reactor = self._owner.reactor
         reactor.timed.discard(self)
         sock.setblocking(True)
         upstream = Upstream(self._owner, self._backend, sock, reactor.now - self._began)
@@ -152,15 +183,15 @@ class Attempt:
         self._seeker.connected(upstream)
 
     def _drop_socket(self) -> None:
-        if self._sock is not None:
+        sock, self._sock = self._sock, None
+        if sock is not None:
             reactor = self._owner.reactor
             reactor.timed.discard(self)
-            reactor.remove(self._sock.fileno())
-            self._sock.close()
-            self._sock = None
+            if sock.fileno() in reactor.handlers:
+                reactor.remove(sock.fileno())
+            sock.close()
 
     def _fail(self, error: int) -> None:
-        self._drop_socket()
         self._seeker.attempt = None
         self._owner.connect_failed(self._seeker, self._backend, error)
 
@@ -183,10 +214,13 @@ class Upstreams:
         self._limits = limits
         self._retries = retries
         self._on_refused = on_refused
-        self._waiting: deque[Seeker] = deque()  # in the order in which they came
+        self._queue: deque[Seeker] = deque()
+        self._serving = False  # is the queue being served, somewhere down the stack?
+        self._stranded: deque[Seeker] = deque()
+        self.deadline = NEVER  # when those that are stranded may try again
 
     def __repr__(self) -> str:
-        return f"<Upstreams {self.idle} idle, {len(self._waiting)} waiting>"
+        return f"<Upstreams {self.idle} idle, {self.waiting} waiting>"
 
     @property
     def idle(self) -> int:
@@ -194,13 +228,13 @@ class Upstreams:
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._queue) + len(self._stranded)
 
     def obtain(self, seeker: Seeker) -> Upstream | None:
         """An idle connection to the backend that is next, or None: see the head of this file."""
         backend = self._pool.lease(seeker.client_ip, seeker.tried)
         if backend is None:
-            self._none_available(seeker)
+            self._wait(seeker, None)
             return None
         if backend.idle:
             return self._take_idle(seeker, backend)
@@ -212,11 +246,14 @@ class Upstreams:
         self.forget(stale)
         self._open(seeker, stale.backend)
 
-    def seek_another(self, seeker: Seeker, failed: Upstream) -> None:
-        """The connection broke before an answer, and the request may be sent again: let another backend have it."""
+    def seek_another(self, seeker: Seeker, failed: Upstream, refusal: Refusal) -> None:
+        """No answer came from this one, and the request may be sent again: let another backend have it.
+
+        `refusal` is what the client is told when there is no other.
+        """
         seeker.tried.append(failed.backend)
         self.discard(failed)
-        self._try_next(seeker, errno.ECONNRESET)
+        self._try_next(seeker, refusal)
 
     def keep(self, upstream: Upstream) -> None:
         """Its exchange is over, and it may serve another."""
@@ -245,52 +282,116 @@ class Upstreams:
         while backend.idle:
             self._close(backend.idle.pop())
 
+    def drop_oldest_idle(self) -> bool:
+        """Make do with one idle connection less. False when there is none."""
+        idle = max((backend.idle for backend in self._pool.backends), key=len, default=[])
+        if idle:
+            self._close(idle.pop(0))
+            return True
+        return False
+
     def release(self, backend: Backend) -> None:
+        """Give a lease back."""
         self._pool.release(backend)
-        if self._waiting:
-            self.serve_waiting()
+        if self._queue:
+            self._serve_queue()
 
     def cancel(self, seeker: Seeker) -> None:
         """The seeker has gone, or waited long enough."""
         if seeker.attempt is not None:
             attempt, seeker.attempt = seeker.attempt, None
             attempt.cancel()
-        elif seeker in self._waiting:
-            self._waiting.remove(seeker)
+        elif seeker in self._queue:
+            self._queue.remove(seeker)
+        elif seeker in self._stranded:
+            self._stranded.remove(seeker)
 
     def serve_waiting(self) -> None:
-        """Somebody was released or came back: give work to those who wait, in the order in which they came."""
-        while self._waiting:
-            seeker = self._waiting[0]
-            backend = self._pool.lease(seeker.client_ip, seeker.tried)
+        """A backend changed: look whether those who wait can be served."""
+        self._serve_queue()
+        self._serve_stranded()
+
+    def expired(self, now: float) -> None:
+        """RETRY_PAUSE is over."""
+        self._serve_stranded()
+
+    def crashed(self, error: Exception) -> None:
+        """Nothing is lost: those who are stranded have deadlines of their own."""
+
+    def _serve_queue(self) -> None:
+        """Serve those who wait for a lease, in order; but one that could only have what it has tried blocks nobody."""
+        if self._serving:
+            return  # a lease that was given back by somebody whom we serve: the loop below finds it
+        self._serving = True
+        try:
+            place = 0
+            while place < len(self._queue):
+                seeker = self._queue[place]
+                backend = self._pool.lease(seeker.client_ip, seeker.tried)
+                if backend is not None:
+                    del self._queue[place]
+                    self._serve(seeker, backend)
+                elif seeker.tried:
+                    place += 1
+                else:
+                    break
+        finally:
+            self._serving = False
+
+    def _serve_stranded(self) -> None:
+        for _ in range(len(self._stranded)):
+            backend = self._pool.lease(self._stranded[0].client_ip)
             if backend is None:
-                return
-            self._waiting.popleft()
-            seeker.deadline = NEVER
-            if backend.idle:
-                seeker.connected(self._take_idle(seeker, backend))
-            else:
-                self._open(seeker, backend)
+                break
+            self._serve(self._stranded.popleft(), backend)
+        self._pause()
+
+    def _pause(self) -> None:
+        """See to it that those who are stranded are looked at again."""
+        if self._stranded:
+            self.deadline = self.reactor.now + RETRY_PAUSE
+            self.reactor.timed.add(self)
+        else:
+            self.deadline = NEVER
+            self.reactor.timed.discard(self)
+
+    def _serve(self, seeker: Seeker, backend: Backend) -> None:
+        """Let one who waited have this lease. Whatever comes of that concerns nobody but that seeker."""
+        if not seeker.tried:
+            seeker.deadline = NEVER  # else it holds until there is a connection, or there would be no end of it
+        if backend.idle:
+            self.reactor.call(seeker.connected, self._take_idle(seeker, backend))
+        else:
+            self._open(seeker, backend)
 
     def connect_failed(self, seeker: Seeker, backend: Backend, error: int) -> None:
         """Try the next one, if there is one and the configuration allows another try."""
-        if error in _OWN_FAILURES:
+        if error in _SHORTAGES:
             self.release(backend)
             seeker.unserved(503, "RC", f"the balancer is short of something: {os.strerror(error)}")
             return
-        self._pool.report(backend, False, connect_failure(error))
-        self._on_refused(backend)
+        if error != errno.EADDRNOTAVAIL:  # our ports towards this address are used up, which is no fault of its own
+            self._pool.report(backend, False, connect_failure(error))
+            self._on_refused(backend)
         self.release(backend)
         seeker.tried.append(backend)
-        self._try_next(seeker, error)
+        names = ", ".join(backend.id for backend in seeker.tried)
+        if error == errno.ETIMEDOUT:
+            refusal = (504, "sC", f"no connection to a backend within the time allowed (tried {names})")
+        else:
+            refusal = (503, "SC", f"no backend could be reached (tried {names})")
+        self._try_next(seeker, refusal)
 
-    def _try_next(self, seeker: Seeker, error: int) -> None:
-        if len(seeker.tried) > self._retries:
-            self._give_up(seeker, error)
-            return
-        upstream = self.obtain(seeker)
-        if upstream is not None:
-            seeker.connected(upstream)
+    def _try_next(self, seeker: Seeker, refusal: Refusal) -> None:
+        backend = None
+        if len(seeker.tried) <= self._retries:
+            backend = self._pool.lease(seeker.client_ip, seeker.tried)
+        if backend is None:
+            self._wait(seeker, refusal)
+        elif backend.idle:
+            seeker.connected(self._take_idle(seeker, backend))
+        else:
+            self._open(seeker, backend)
 
     def _take_idle(self, seeker: Seeker, backend: Backend) -> Upstream:
         upstream: Upstream = backend.idle.pop()
@@ -302,33 +403,34 @@ class Upstreams:
 
     def _open(self, seeker: Seeker, backend: Backend) -> None:
         seeker.attempt = attempt = Attempt(self, seeker, backend)
-        attempt.begin()
+        self.reactor.call(attempt.begin)
 
-    def _none_available(self, seeker: Seeker) -> None:
-        if self._pool.only_full():
-            patience, problem = self.timeouts.queue, "every backend is full"
+    def _wait(self, seeker: Seeker, refusal: Refusal | None) -> None:
+        """There is nothing for this seeker now. `refusal` is what came of its last try, None before the first."""
+        if len(seeker.tried) <= self._retries and self._has_untried(seeker):
+            place, patience, seeker.refusal = self._queue, self.timeouts.queue, QUEUED_IN_VAIN
         else:
-            patience, problem = self.timeouts.no_backend, "no backend is available"
-        if patience and len(self._waiting) < self._limits.queue:
-            seeker.deadline = self.reactor.now + patience
-            self._waiting.append(seeker)
-        elif seeker.tried:
-            self._give_up(seeker, errno.ECONNREFUSED)
+            place, patience, seeker.refusal = self._stranded, self.timeouts.no_backend, refusal or NONE_AVAILABLE
+        if not patience:
+            seeker.unserved(*(refusal or seeker.refusal))
+        elif self.waiting >= self._limits.queue:
+            seeker.unserved(*(refusal or QUEUE_FULL))
         else:
-            seeker.unserved(503, "SC" if patience == 0 else "PQ", problem)
+            if seeker.deadline == NEVER:
+                seeker.deadline = self.reactor.now + patience
+            place.append(seeker)
+            if place is self._stranded and self.deadline == NEVER:
+                self._pause()
 
-    def _give_up(self, seeker: Seeker, error: int) -> None:
-        names = ", ".join(backend.id for backend in seeker.tried)
-        if error == errno.ETIMEDOUT:
-            seeker.unserved(504, "sC", f"no connection to a backend within the time allowed (tried {names})")
-        else:
-            seeker.unserved(503, "SC", f"no backend could be reached (tried {names})")
+    def _has_untried(self, seeker: Seeker) -> bool:
+        return any(backend.eligible and backend not in seeker.tried for backend in self._pool.backends)
 
     def _close(self, upstream: Upstream) -> None:
         reactor = self.reactor
         reactor.timed.discard(upstream)
         if upstream.fd in reactor.handlers:
             reactor.remove(upstream.fd)
+        upstream.fd = -1  # the number may be another connection's from here on
         upstream.sock.close()
 
 
