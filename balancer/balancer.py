@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import threading
 import traceback
@@ -93,12 +94,12 @@ class LoadBalancer:
         """Returns once connections are accepted."""
         try:
             self._journal.start()
-        except OSError:
+        except OSError as error:
             self._sock.close()
             self._health.stop()
             self._supervisor.stop()
             self.reactor.stop()
-            raise
+            raise OSError(f"cannot open the log {self.config.log.file}: {os.strerror(error.errno or 0)}") from None
         config = self.config
         self._journal.event(
             "info", f"start: {self.url}, {len(config.servers)} backends, {config.algorithm}, from {config.source}"

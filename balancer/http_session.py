@@ -171,7 +171,7 @@ class HttpSession:
         """Answer one more request at most, and say with its answer that it was the last."""
         if self._state is not IDLE:
             self._persistent = False
-        elif not self._buffer:
+        elif not self._head_begun:
             self.deadline = min(self.deadline, self._reactor.now + self._front.drain_grace)
 
     def kill(self) -> None:
@@ -237,7 +237,7 @@ class HttpSession:
     def expired(self, now: float) -> None:
         state = self._state
         if state is IDLE:
-            if self._buffer:
+            if self._head_begun:
                 self._refuse(HttpError(408, "the request's head did not end in time"), "cR")
             else:
                 self._close()
@@ -833,14 +833,14 @@ class HttpSession:
 
     def _client_lost(self) -> None:
         """The client reset the connection."""
-        if self._state is LINGERING or (self._state is IDLE and not self._buffer):
+        if self._state is LINGERING or (self._state is IDLE and not self._head_begun):
             self._close()
         elif self._state is not ENDING:
             self._cut("C")
 
     def _client_ended(self) -> None:
         """The client sends no more. That cancels nothing that it asked for whole (RFC 9112 section 9.6)."""
-        if self._state is LINGERING or (self._state is IDLE and not self._buffer):
+        if self._state is LINGERING or (self._state is IDLE and not self._head_begun):
             self._close()
         elif self._state is IDLE:
             self._refuse(HttpError(400, "the connection ended within the head"), "CR")
@@ -886,6 +886,11 @@ class HttpSession:
         self._close_exchange()
 
     # ---- small things -----------------------------------------------------------------------------------------
+
+    @property
+    def _head_begun(self) -> bool:
+        """Is there more than an empty line, which is the beginning of nothing (RFC 9112 section 2.2)?"""
+        return self._buffer not in (b"", b"\r", b"\r\n")
 
     @property
     def _backend_id(self) -> str:

@@ -51,8 +51,8 @@ class End(enum.Enum):
 class Flow:
     """What a pump moves, and how far it came.
 
-    `octets` counts what was sent on, without chunk framing; where the sink failed, the piece that was copied just then is
-    left out.
+    `octets` counts what was sent on, without chunk framing; where the sink failed, a piece that was being copied just
+    then is left out.
     """
 
     __slots__ = ("copies", "end", "octets", "problem", "sink", "source")

@@ -249,11 +249,15 @@ class Upstreams:
     def seek_another(self, seeker: Seeker, failed: Upstream, refusal: Refusal) -> None:
         """No answer came from this one, and the request may be sent again: let another backend have it.
 
-        `refusal` is what the client is told when there is no other.
+        `refusal` is what the client is told when there is no other. Once the retries are used up it is told at once: a
+        backend that takes each request and answers none would else be asked for as long as there is patience.
         """
         seeker.tried.append(failed.backend)
         self.discard(failed)
-        self._try_next(seeker, refusal)
+        if len(seeker.tried) > self._retries:
+            seeker.unserved(*refusal)
+        else:
+            self._try_next(seeker, refusal)
 
     def keep(self, upstream: Upstream) -> None:
         """Its exchange is over, and it may serve another."""
@@ -407,7 +411,7 @@ class Upstreams:
 
     def _wait(self, seeker: Seeker, refusal: Refusal | None) -> None:
         """There is nothing for this seeker now. `refusal` is what came of its last try, None before the first."""
-        if len(seeker.tried) <= self._retries and self._has_untried(seeker):
+        if len(seeker.tried) <= self._retries and self._pool.only_full(seeker.tried):
             place, patience, seeker.refusal = self._queue, self.timeouts.queue, QUEUED_IN_VAIN
         else:
             place, patience, seeker.refusal = self._stranded, self.timeouts.no_backend, refusal or NONE_AVAILABLE
@@ -421,9 +425,6 @@ class Upstreams:
             place.append(seeker)
             if place is self._stranded and self.deadline == NEVER:
                 self._pause()
-
-    def _has_untried(self, seeker: Seeker) -> bool:
-        return any(backend.eligible and backend not in seeker.tried for backend in self._pool.backends)
 
     def _close(self, upstream: Upstream) -> None:
         reactor = self.reactor

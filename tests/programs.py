@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 import signal
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,16 @@ def write_settings(directory: Path, settings: Any) -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports at which nothing listens."""
+    """Ports at which nothing listens, below those that systems give to connecting ends: they are free for a while."""
+    found: list[int] = []
     with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in listeners]
+        for port in random.sample(range(10000, 32000), 1000):
+            if len(found) == count:
+                return found
+            with suppress(OSError):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+                found.append(port)
+    raise LookupError(f"not even {count} ports are free")
 
 
 def resident_kb(pid: int, name: str = "VmRSS") -> int:
