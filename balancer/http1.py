@@ -41,8 +41,8 @@ _BLOCK = re.compile(rb"(?:\r\n" + _TOKEN + rb":[^\r]*)*\r\n")
 _TEXT = bytes((0x09, *range(0x20, 0x7F), *range(0x80, 0x100)))  # the octets of a field's value
 _ANY_FIELD = re.compile(rb"\r\n([^:]+):[^\r]*")
 # The fields that mean something to us begin with these letters; a look in a table tells which they are. Common ones
-# that mean nothing are passed over by their second letters, which is three times as fast.
-_PASSED_OVER = rb"(?!ookie|ache-|ontent-[^Ll]|ser-|pgrade-|-[^Ff])"
+# that mean nothing are passed over by what follows, which is faster than the look.
+_PASSED_OVER = rb"(?!ookie|ache-|ontent-[^Ll]|ser-|pgrade-|ragma|riority|-(?![Ff][Oo][Rr]))"
 _REQUEST_FIELD = re.compile(rb"\r\n([CEFHKMPTUXcefhkmptux]" + _PASSED_OVER + rb"[^:]*):([^\r]*)")
 _ANSWER_FIELD = re.compile(rb"\r\n([CKPTUckptu]" + _PASSED_OVER + rb"[^:]*):([^\r]*)")
 _HOST = re.compile(

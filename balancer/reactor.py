@@ -104,6 +104,7 @@ class Reactor:
         self._bell_button.setblocking(False)
         self.handlers: dict[int, Handler] = {}  # change an entry to hand a descriptor to another handler
         self.timed: set[Timed] = set()
+        self.ready: dict[int, int] = {}  # descriptors of the current batch whose handlers were not called yet
         self.now = clock()  # the clock, as it stood when the current batch began
         self.add(self._bell.fileno(), READ, self._bell_rang)
 
@@ -175,7 +176,9 @@ class Reactor:
             else:
                 events = poll(None)  # nothing has a deadline: sleep until something happens
             self.now = now = clock()
-            for fd, mask in events:
+            ready = self.ready = dict(events)
+            while ready:
+                fd, mask = ready.popitem()
                 handler = handlers.get(fd)
                 if handler is None:
                     continue

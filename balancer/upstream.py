@@ -236,10 +236,10 @@ class Upstreams:
         if backend is None:
             self._wait(seeker, None)
             return None
-        if backend.idle:
-            return self._take_idle(seeker, backend)
-        self._open(seeker, backend)
-        return None
+        upstream = self._take_idle(seeker, backend) if backend.idle else None
+        if upstream is None:
+            self._open(seeker, backend)
+        return upstream
 
     def renew(self, seeker: Seeker, stale: Upstream) -> None:
         """Replace a kept connection that turned out to be closed by a fresh one to the same backend."""
@@ -363,10 +363,7 @@ class Upstreams:
         """Let one who waited have this lease. Whatever comes of that concerns nobody but that seeker."""
         if not seeker.tried:
             seeker.deadline = NEVER  # else it holds until there is a connection, or there would be no end of it
-        if backend.idle:
-            self.reactor.call(seeker.connected, self._take_idle(seeker, backend))
-        else:
-            self._open(seeker, backend)
+        self._connect(seeker, backend)
 
     def connect_failed(self, seeker: Seeker, backend: Backend, error: int) -> None:
         """Try the next one, if there is one and the configuration allows another try."""
@@ -392,18 +389,30 @@ class Upstreams:
             backend = self._pool.lease(seeker.client_ip, seeker.tried)
         if backend is None:
             self._wait(seeker, refusal)
-        elif backend.idle:
-            seeker.connected(self._take_idle(seeker, backend))
+        else:
+            self._connect(seeker, backend)
+
+    def _connect(self, seeker: Seeker, backend: Backend) -> None:
+        upstream = self._take_idle(seeker, backend)
+        if upstream is not None:
+            self.reactor.call(seeker.connected, upstream)
         else:
             self._open(seeker, backend)
 
-    def _take_idle(self, seeker: Seeker, backend: Backend) -> Upstream:
-        upstream: Upstream = backend.idle.pop()
-        upstream.deadline = NEVER
-        upstream.reused = True
-        upstream.connect_seconds = 0.0
-        self.reactor.handlers[upstream.fd] = seeker.on_backend
-        return upstream
+    def _take_idle(self, seeker: Seeker, backend: Backend) -> Upstream | None:
+        """The newest idle connection on which nothing has happened: an answer to nothing must not become anybody's."""
+        ready = self.reactor.ready
+        while backend.idle:
+            upstream: Upstream = backend.idle.pop()
+            if upstream.fd in ready and upstream.is_stale():
+                self._close(upstream)
+                continue
+            upstream.deadline = NEVER
+            upstream.reused = True
+            upstream.connect_seconds = 0.0
+            self.reactor.handlers[upstream.fd] = seeker.on_backend
+            return upstream
+        return None
 
     def _open(self, seeker: Seeker, backend: Backend) -> None:
         seeker.attempt = attempt = Attempt(self, seeker, backend)

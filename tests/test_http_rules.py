@@ -712,10 +712,6 @@ def test_an_answer_to_nothing_ends_the_idle_connection(tmp_path: Path) -> None:
         assert read_response(file).body == b"ok"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="http_session.connected: only a POST looks whether octets lie on the kept connection that it takes",
-)
 def test_an_answer_to_nothing_is_never_taken_for_the_next_clients(tmp_path: Path) -> None:
     """M 9.2: nor when it comes while the next request does, in one batch of the reactor."""
     go, said = threading.Event(), threading.Event()

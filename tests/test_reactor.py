@@ -351,13 +351,24 @@ def test_a_call_that_raises_leaves_its_caller_unharmed(loop):
 
 def test_what_was_asked_for_before_the_stop_is_still_done(portable):
     """The balancer's last words, which close idle connections, are said just before it stops the loop."""
-    for _ in range(100):
-        reactor = Reactor(portable=portable, on_error=lambda where, error: None)
-        made: list[str] = []
-        reactor.start()
-        reactor.call_soon(made.append, "called")
-        reactor.stop()
-        assert made == ["called"]
+    reactor = Reactor(portable=portable, on_error=lambda where, error: None)
+    busy, go_on = threading.Event(), threading.Event()
+    made: list[str] = []
+
+    def keep_busy() -> None:
+        busy.set()
+        assert go_on.wait(PATIENCE)
+
+    reactor.start()
+    reactor.call_soon(keep_busy)
+    assert busy.wait(PATIENCE)
+    reactor.call_soon(made.append, "called")  # too late for this batch, and there is to be no other
+    stopper = threading.Thread(target=reactor.stop)
+    stopper.start()
+    eventually(lambda: reactor._stopped, "a stop that has begun")
+    go_on.set()
+    stopper.join(PATIENCE)
+    assert made == ["called"]
 
 
 def test_a_call_after_the_stop_harms_nobody(portable):
