@@ -10,12 +10,12 @@ and a granted Upgrade goes from WAITING to TUNNEL. The request's body goes its o
 while some of it is missing, however far the answer is.
 
 A body takes turns on the reactor as long as it is short and neither side makes the other wait; beyond TURNS octets, or
-when the receiver does not take what it is offered, the direction is handed to a pump. While `_up_pump` or `_down_pump`
-is set, that thread owns the direction, and nothing here receives from its source or sends to its sink; the sockets are
-closed when both have reported back.
+when the receiver does not take what it is offered, the direction is handed to a pump, which gives it back at the end of
+the body or when the source falls silent. While `_up_pump` or `_down_pump` is set, that thread owns the direction, and
+nothing here receives from its source or sends to its sink; the sockets are closed when both have reported back.
 
 A request is sent again, to the same or another backend, only while nothing of an answer has come and all of the
-request is in `_up_first`; see `_no_answer`.
+request is in `_up_first`; see `_may_repeat`.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from balancer.upstream import NONE_AVAILABLE, Attempt, Refusal, Upstream
 DONTWAIT: Final = socket.MSG_DONTWAIT
 RECEIVE: Final = 65536  # octets asked for at once
 TURNS: Final = 65536  # octets of one body that the reactor moves itself
+REST_AFTER: Final = 1.0  # seconds of silence after which a pump gives its thread back
 PIPELINED: Final = 65536  # octets of further requests that are taken in while one is being answered
 LINGER: Final = 2.0  # seconds that a client is given to read the last answer and close
 LONGEST_LOGGED: Final = 1024  # octets of a request line that could not be parsed
@@ -86,6 +87,7 @@ class HttpSession:
         "_down_body",
         "_down_encode",
         "_down_pump",
+        "_down_turns",
         "_fd",
         "_front",
         "_number",
@@ -108,6 +110,7 @@ class HttpSession:
         "_up_first",
         "_up_pump",
         "_up_replayable",
+        "_up_turns",
         "_upstream",
         "attempt",
         "client_ip",
@@ -155,6 +158,8 @@ class HttpSession:
         self._up_first = b""  # of the body, framed: goes with the head
         self._up_replayable = True  # is all that was sent of the body in `_up_first`?
         self._up_failed = False  # the backend takes no more of the body
+        self._up_turns = TURNS  # octets of the request's body at which the reactor has had its turns
+        self._down_turns = TURNS
         self._down_body: Body | None = None  # of the answer, unless it came whole with its head
         self._told = False  # did we answer ourselves?
         self._close_framed = False  # does only the close tell the client where the answer's body ends?
@@ -283,7 +288,7 @@ class HttpSession:
         try:
             found = self._reader.read(self._buffer)
         except HttpError as error:
-            self._refuse(error, "PR")
+            self._refuse(error, "LR" if error.status == 200 else "PR")
             return
         if found is None:
             self.deadline = self._began + self._front.timeouts.request_head
@@ -400,9 +405,10 @@ class HttpSession:
             except OSError:
                 # The backend takes no more, but may still answer; the client is read on, so that it can hear that.
                 self._up_failed = True
-        if sent < len(framed) or (self._up_body is not None and self._octets_in > TURNS and not self._up_failed):
+        wants_more = self._up_body is not None and not self._up_failed
+        if sent < len(framed) or (wants_more and self._octets_in > self._up_turns):
             self._pump_up(framed[sent:])
-        elif self._up_body is None or self._up_failed:
+        elif not wants_more:
             self._upload_complete()
         elif self._state is WAITING:
             self.deadline = self._reactor.now + self._front.timeouts.client
@@ -418,7 +424,7 @@ class HttpSession:
         body = self._up_body or LengthBody(0)
         last = LAST_CHUNK if self._up_body is not None and self._up_encode is as_chunk else b""
         timeouts = self._front.timeouts
-        wait_at_most(flow.source, flow.sink, timeouts.client, timeouts.server)
+        wait_at_most(flow.source, flow.sink, min(REST_AFTER, timeouts.client), timeouts.server)
         encode = self._up_encode if self._up_body is not None else as_is
         work = partial(relay_body, flow, body, encode, first, last)
         self._up_pump = flow
@@ -451,6 +457,11 @@ class HttpSession:
             self._bad_upload(flow.problem)
         elif end is End.FAILED:
             self._fail(500, "ID", "an error within the balancer")
+        elif end is End.SILENT and self._front.timeouts.client > REST_AFTER:
+            self._up_turns = self._octets_in + TURNS
+            self._resume_reading()
+            if self._state is not ANSWERING:
+                self.deadline = self._reactor.now + self._front.timeouts.client - REST_AFTER
         elif end is End.SILENT:
             self._fail(408, "cD", "the request's body did not come in time")
         else:
@@ -474,7 +485,7 @@ class HttpSession:
         assert request is not None
         buffer = self._answer_buffer + data if self._answer_buffer else data
         try:
-            found = upstream.backend.answers.read(buffer)
+            found = upstream.backend.answers.read(buffer, len(self._answer_buffer))
             while found is not None and found[0].status < 200:
                 answer, length = found
                 if answer.status == 101:
@@ -596,7 +607,7 @@ class HttpSession:
             except OSError:
                 self._client_lost()
                 return
-        if sent < len(out) or (not body.done and self._octets_out > TURNS):
+        if sent < len(out) or (not body.done and self._octets_out > self._down_turns):
             self._pump_down(out[sent:], last)
         elif body.done:
             self._finish_exchange()
@@ -612,7 +623,7 @@ class HttpSession:
         self._reactor.remove(upstream.fd)
         flow = Flow(upstream.sock, self._sock)
         timeouts = self._front.timeouts
-        wait_at_most(flow.source, flow.sink, timeouts.server, timeouts.client)
+        wait_at_most(flow.source, flow.sink, min(REST_AFTER, timeouts.server), timeouts.client)
         work = partial(relay_body, flow, body, self._down_encode, first, last)
         self._down_pump = flow
         if not self._run_pump("down", work, self._down_pump_ended):
@@ -632,6 +643,10 @@ class HttpSession:
         if end is End.DONE:
             self._reactor.add(upstream.fd, READ, self.on_backend)
             self._finish_exchange()
+        elif end is End.SILENT and self._front.timeouts.server > REST_AFTER:
+            self._down_turns = self._octets_out + TURNS
+            self._reactor.add(upstream.fd, READ, self.on_backend)
+            self.deadline = self._reactor.now + self._front.timeouts.server - REST_AFTER
         else:
             self._cut(_CUT_BY[end])
 
@@ -776,7 +791,8 @@ class HttpSession:
         self.deadline = NEVER
         if self._upstream is not None:
             _shut(self._upstream.sock, socket.SHUT_RDWR)
-        _shut(self._sock, socket.SHUT_RDWR if cut else socket.SHUT_RD)
+        # One that was answered is still read, by the pump and then by `_linger`, or a reset would take the answer away.
+        _shut(self._sock, socket.SHUT_RDWR if cut else socket.SHUT_WR)
 
     def _close_exchange(self) -> None:
         """Log it, close the backend's side, and turn to whatever is left to say to the client."""
@@ -843,7 +859,9 @@ class HttpSession:
         if self._state is LINGERING or (self._state is IDLE and not self._head_begun):
             self._close()
         elif self._state is IDLE:
-            self._refuse(HttpError(400, "the connection ended within the head"), "CR")
+            self._next_request()  # which may be there whole, and only put off
+            if self._state is IDLE:
+                self._refuse(HttpError(400, "the connection ended within the head"), "CR")
         elif self._up_body is not None:
             self._fail(400, "CD", "the request's body ended before its end")
         else:

@@ -214,8 +214,7 @@ def relay_stream(flow: Flow, first: bytes = b"") -> None:
             flow.octets += len(first)
         while _move(flow, PIECE):
             pass
-        _half_close(flow.sink)
-        flow.end = End.DONE
+        flow.end = End.DONE if half_close(flow.sink) else End.SINK_LOST
     except _Ended as ended:
         flow.end, flow.problem = ended.end, ended.problem
 
@@ -248,11 +247,13 @@ def _send_all(sink: socket.socket, data: bytes) -> None:
         raise _Ended(End.SINK_LOST, error) from None
 
 
-def _half_close(sink: socket.socket) -> None:
+def half_close(sink: socket.socket) -> bool:
+    """Pass the end of a stream on. False where there is nobody left to hear it."""
     try:
         sink.shutdown(socket.SHUT_WR)
-    except OSError as error:
-        raise _Ended(End.SINK_LOST, error) from None
+    except OSError:
+        return False
+    return True
 
 
 _of_thread = threading.local()  # .pipe: the pump thread's pipe, empty between two moves

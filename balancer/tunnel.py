@@ -1,9 +1,10 @@
 """Two directions of any bytes between a client and a backend: a TCP connection, or what follows a granted Upgrade.
 
-Each direction is by itself in one of three states. *Pumped*: a pump thread shuttles it. *Resting*: its source was
-silent for a while, so the pump was given back and the reactor watches the source; the first byte starts a pump again.
-*Ended*: its source closed, and that was passed on as a half-close, or it broke; the other direction goes on.
-A tunnel that is silent thus costs two registered descriptors and no thread.
+Each direction is by itself in one of three states. *Resting*: the reactor watches its source, and passes on what comes
+as long as that is little at a time and the sink takes it: waking a thread for each line of a dialogue would cost more
+than the line. *Pumped*: much came at once, or the sink made it wait, so a pump thread shuttles the direction, until its
+source is silent for a while. *Ended*: its source closed, and that was passed on as a half-close, or it broke; the other
+direction goes on. A tunnel that is silent, or only talks, thus costs two registered descriptors and no thread.
 
 How a direction that breaks ends the other one:
 - A sink that is lost sends nothing new, but what it sent before may still lie here, such as the answer of a server that
@@ -21,9 +22,10 @@ import struct
 from collections.abc import Callable
 from functools import partial
 
-from balancer.pump import End, Flow, Pumps, relay_stream, wait_at_most
+from balancer.pump import End, Flow, Pumps, half_close, relay_stream, wait_at_most
 from balancer.reactor import NEVER, READ, Reactor
 
+TURN = 32768  # octets that are asked for at once; when that many are there, a pump is worth its start
 REST_AFTER = 2.0  # seconds of silence after which a direction gives its thread back
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 
@@ -65,6 +67,7 @@ class Tunnel:
         self._idle = idle
         self._rest_after = min(REST_AFTER, idle)
         self._on_end = on_end
+        self._heard = reactor.now  # when the last octet, or the end of a direction, came, as far as the reactor knows
         self.up = Direction(client, backend, f"{name}-up", _UP_CODES)
         self.down = Direction(backend, client, f"{name}-down", _DOWN_CODES)
         self.deadline = NEVER
@@ -74,10 +77,12 @@ class Tunnel:
     def start(self, up_first: bytes = b"", down_first: bytes = b"") -> None:
         """Begin, with bytes that were received already. Called once."""
         self._reactor.timed.add(self)
+        self._hear(self._reactor.now)
         for direction in (self.up, self.down):
-            wait_at_most(direction.flow.source, direction.flow.sink, self._rest_after, self._idle)
-        self._pump(self.up, up_first)
-        self._pump(self.down, down_first)
+            self._rest(direction)
+        for direction, first in ((self.up, up_first), (self.down, down_first)):
+            if first and direction.resting:
+                self._pass_on(direction, first)
 
     def kill(self) -> None:
         """End it now: an operator's word, or the balancer's stop."""
@@ -93,7 +98,8 @@ class Tunnel:
         if direction.ended:
             return
         direction.pumped = True
-        self.deadline = NEVER  # a pump reports its own silence
+        self.deadline = NEVER
+        wait_at_most(direction.flow.source, direction.flow.sink, self._rest_after, self._idle)
         try:
             self._pumps.run(direction.name, partial(self._run, direction, first))
         except RuntimeError:
@@ -109,18 +115,17 @@ class Tunnel:
 
     def _pump_ended(self, direction: Direction) -> None:
         direction.pumped = False
-        end = direction.flow.end
-        silent = end is End.SILENT
-        if self._cut or end is End.DONE:
-            direction.ended = True
-        elif silent:
+        silent = direction.flow.end is End.SILENT
+        if silent and not self._cut:
             self._rest(direction)
         else:
-            direction.ended = True
+            self._ended(direction, direction.flow.end)
+        self._hear(self._reactor.now - (self._rest_after if silent else 0.0))
+
+    def _ended(self, direction: Direction, end: End) -> None:
+        direction.ended = True
+        if not self._cut and end is not End.DONE:
             self._follow(direction, end)
-        if not (self.up.pumped or self.down.pumped):
-            # The last octet, or end, of both came just now or, where a pump has waited in vain, that much earlier.
-            self.deadline = self._reactor.now + self._idle - (self._rest_after if silent else 0.0)
         self._end_if_both_did()
 
     def _follow(self, broken: Direction, end: End) -> None:
@@ -135,16 +140,53 @@ class Tunnel:
             self._break_off(code)
 
     def _rest(self, direction: Direction) -> None:
-        self._reactor.add(direction.flow.source.fileno(), READ, partial(self._woken, direction))
+        self._reactor.add(direction.flow.source.fileno(), READ, partial(self._turn, direction))
         direction.resting = True
 
     def _wake(self, direction: Direction) -> None:
         self._reactor.remove(direction.flow.source.fileno())
         direction.resting = False
 
-    def _woken(self, direction: Direction, mask: int) -> None:
+    def _turn(self, direction: Direction, mask: int) -> None:
+        """Something came from a source that rests."""
+        flow = direction.flow
+        end = End.DONE
+        try:
+            data = flow.source.recv(TURN, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, end = b"", End.SOURCE_LOST
+        if data:
+            self._pass_on(direction, data)
+            return
         self._wake(direction)
-        self._pump(direction)
+        self._hear(self._reactor.now)
+        if end is End.DONE and not half_close(flow.sink):
+            end = End.SINK_LOST
+        self._ended(direction, end)
+
+    def _pass_on(self, direction: Direction, data: bytes) -> None:
+        flow = direction.flow
+        try:
+            sent = flow.sink.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._wake(direction)
+            self._ended(direction, End.SINK_LOST)
+            return
+        flow.octets += sent
+        if sent < len(data) or len(data) >= TURN:
+            self._wake(direction)
+            self._pump(direction, data[sent:])
+        else:
+            self._hear(self._reactor.now)
+
+    def _hear(self, moment: float) -> None:
+        """Count the silence from here. While a direction is pumped nobody does: its pump reports its own silence."""
+        self._heard = max(self._heard, moment)
+        self.deadline = NEVER if self.up.pumped or self.down.pumped else self._heard + self._idle
 
     def _note(self, code: str) -> None:
         if self.code == "--":

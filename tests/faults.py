@@ -132,6 +132,11 @@ class Load:
     def failed(self) -> int:
         return sum(part.failed for part in self._parts)
 
+    @property
+    def all_refused(self) -> bool:
+        """Has each client been refused a connection?"""
+        return all(part.errors["refused"] for part in self._parts)
+
     def more(self, requests: int) -> None:
         """Wait until so many more have been answered."""
         until = self.done + requests
@@ -244,14 +249,21 @@ def all_away_patience(directory: Path) -> Row:
 
 
 def stopped(directory: Path, **load_settings: Any) -> Row:
-    """SIGTERM of the balancer: what it accepted it answers. Later clients are refused by the system."""
+    """SIGTERM of the balancer: what it accepted it answers.
+
+    Later clients are refused by the system, or reset if they stood in its backlog just when that was closed: `failed`
+    is what the log has as answered and no client has.
+    """
     with Stand(directory) as stand:
         with Load(stand.port, **load_settings) as load:
             load.more(PIECE)
             status = stand.balancer.stop()
+            eventually(lambda: load.all_refused, "every client has seen the end")
         kind = "a connection per request" if load_settings else "kept-alive"
         result = row(f"SIGTERM of the balancer, {kind}", load, stand, f"exit status {status}")
-    result.failed -= result.errors.pop("refused", 0)
+    result.failed = stand.log().count('"GET / HTTP/1.1" 200 ') - (load.done - load.failed)
+    for word in ("refused", "reset", "closed"):
+        result.errors.pop(word, None)
     return result
 
 

@@ -218,6 +218,23 @@ def all_that_comes(balancer: LoadBalancer, pieces: Sequence[bytes]) -> bytes:
     return octets
 
 
+@contextmanager
+def held_up(balancer: LoadBalancer) -> Iterator[None]:
+    """Whatever comes meanwhile, the reactor finds in one batch afterwards, in the order in which it came."""
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        release.wait(PATIENCE)
+
+    balancer.reactor.call_soon(hold)
+    assert held.wait(PATIENCE)
+    try:
+        yield
+    finally:
+        release.set()
+
+
 def body_for(rewritten: Rewritten) -> bytes:
     """A body as this request's framing has it."""
     if "Transfer-Encoding: chunked" in rewritten.forwarded:
@@ -712,7 +729,8 @@ def test_an_answer_to_nothing_ends_the_idle_connection(tmp_path: Path) -> None:
         assert read_response(file).body == b"ok"
 
 
-def test_an_answer_to_nothing_is_never_taken_for_the_next_clients(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", ["request", "answer"])
+def test_an_answer_to_nothing_is_never_taken_for_the_next_clients(tmp_path: Path, first: str) -> None:
     """M 9.2: nor when it comes while the next request does, in one batch of the reactor."""
     go, said = threading.Event(), threading.Event()
 
@@ -725,22 +743,17 @@ def test_an_answer_to_nothing_is_never_taken_for_the_next_clients(tmp_path: Path
         while connection.read_request():
             connection.send(OK)
 
-    held, release = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        held.set()
-        release.wait(PATIENCE)
-
     with fronting(tmp_path, talkative) as (balancer, _), client(balancer) as (sock, file):
         sock.sendall(GET)
         assert read_response(file).body == b"ok"
         eventually(lambda: balancer.upstreams.idle == 1, "the connection is kept")
-        balancer.reactor.call_soon(hold)
-        assert held.wait(PATIENCE)
-        sock.sendall(GET)
-        go.set()
-        assert said.wait(PATIENCE)
-        release.set()
+        with held_up(balancer):
+            if first == "request":
+                sock.sendall(GET)
+            go.set()
+            assert said.wait(PATIENCE)
+            if first == "answer":
+                sock.sendall(GET)
         assert read_response(file).body == b"ok"
 
 
@@ -954,6 +967,32 @@ def test_a_half_close_is_no_cancelled_request(stand: Stand, way: Way) -> None:
     assert answer.start[0] == "204"
     assert read_by_http_client(answer.rest).start[0] == "204"
     assert stand.taken() == [stand.sent("GET / HTTP/1.1", "Host: a.test")] * 2
+
+
+@pytest.mark.parametrize("first", ["half-close", "answer"])
+def test_a_half_close_cancels_no_pipelined_request(tmp_path: Path, first: str) -> None:
+    """M 9.3.2, 9.6: nor when it comes with the answer to the one before, in one batch of the reactor."""
+    asked, go, said = threading.Event(), threading.Event(), threading.Event()
+
+    def gated(connection: Connection) -> None:
+        while connection.read_request():
+            asked.set()
+            assert go.wait(PATIENCE)
+            connection.send(OK)
+            said.set()
+
+    with fronting(tmp_path, gated) as (balancer, _), client(balancer) as (sock, file):
+        sock.sendall(GET + GET)
+        assert asked.wait(PATIENCE)
+        with held_up(balancer):
+            if first == "half-close":
+                sock.shutdown(socket.SHUT_WR)
+            go.set()
+            assert said.wait(PATIENCE)
+            if first == "answer":
+                sock.shutdown(socket.SHUT_WR)
+        assert [read_response(file).status for _ in range(2)] == [200, 200]
+        assert file.read() == b""
 
 
 @both_ways

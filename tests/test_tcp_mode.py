@@ -339,18 +339,18 @@ def test_200_idle_tunnels_hold_no_thread_and_wake_up_again(tmp_path, monkeypatch
             client = stack.enter_context(connect(balancer))
             assert receive(client, 6) == b"\x00\xffone\n"
             clients.append(client)
-        for _ in range(2):
+        for size in (100_000, 5, 100_000, 5):  # what takes pumps, and what does not
+            for client in clients:
+                client.sendall(b"x" * (size - 1) + b"\n")
+            for client in clients:
+                assert receive(client, size) == b"x" * (size - 1) + b"\n"
             eventually(lambda: balancer.pumps.threads == 0, "no thread of a pump")
             assert [thread.name for thread in threading.enumerate() if thread.name.startswith("conn-")] == []
             assert balancer.pool.backends[0].active == IDLE_TUNNELS
-            for client in clients:
-                client.sendall(b"ping\n")
-            for client in clients:
-                assert receive(client, 5) == b"gnip\n"
         for client in clients:
             client.close()
         over(balancer)
-    assert [told(line) for line in tcp_lines(tmp_path)] == [("10/16", "1", "--", "1")] * IDLE_TUNNELS
+    assert [told(line) for line in tcp_lines(tmp_path)] == [("200010/200016", "1", "--", "1")] * IDLE_TUNNELS
 
 
 def test_many_connections_at_once_all_end_well(tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
+import select
 import socket
 import struct
 import sys
@@ -13,7 +16,7 @@ import pytest
 
 from balancer import tunnel as tunnel_module
 from balancer.pump import End, Flow, Pumps
-from balancer.reactor import NEVER, Reactor
+from balancer.reactor import NEVER, READ, Reactor
 from balancer.tunnel import Tunnel
 from conftest import PATIENCE, eventually
 
@@ -85,15 +88,33 @@ class ByHand:
     def start(self) -> None:
         self.tunnel.start()
 
+    def source_peer(self, way: str) -> socket.socket:
+        return {"up": self.client, "down": self.backend}[way]
+
+    def sink_peer(self, way: str) -> socket.socket:
+        return {"up": self.backend, "down": self.client}[way]
+
+    def ready(self, way: str, octets: int = 0) -> None:
+        """Wait until so many octets, or the end, are there, and let the reactor see it."""
+        source = getattr(self.tunnel, way).flow.source
+        assert select.select([source], [], [], PATIENCE)[0]
+        eventually(lambda: len(peek(source, octets)) == octets, "what was sent")
+        self.reactor.watched[source.fileno()](READ)
+
+    def say(self, way: str, octets: int) -> None:
+        self.source_peer(way).sendall(bytes(octets))
+        self.ready(way, octets)
+
+    def much(self, way: str) -> None:
+        """So much that it is worth a pump; it arrives."""
+        self.say(way, tunnel_module.TURN)
+        assert receive(self.sink_peer(way), tunnel_module.TURN) == bytes(tunnel_module.TURN)
+
     def pump_ends(self, way: str, end: End) -> None:
         direction = getattr(self.tunnel, way)
         assert direction.pumped
         direction.flow.end = end
         self.tunnel._pump_ended(direction)
-
-    def first_byte(self, way: str) -> None:
-        direction = getattr(self.tunnel, way)
-        self.reactor.watched[direction.flow.source.fileno()](1)
 
     def expire(self) -> None:
         self.tunnel.deadline = NEVER
@@ -102,10 +123,12 @@ class ByHand:
     def bring_to(self, state: str) -> None:
         """Up's state, a slash, down's: `pumped/resting`."""
         self.start()
-        ends = {"resting": End.SILENT, "ended": End.DONE}
         for way, wanted in zip(("up", "down"), state.split("/"), strict=True):
-            if wanted != "pumped":
-                self.pump_ends(way, ends[wanted])
+            if wanted == "pumped":
+                self.much(way)
+            elif wanted == "ended":
+                self.source_peer(way).shutdown(socket.SHUT_WR)
+                self.ready(way)
 
     def close(self) -> None:
         for sock in (self.client, self._client_end, self.backend, self._backend_end):
@@ -127,70 +150,129 @@ def hand() -> Iterator[ByHand]:
     made.close()
 
 
-def test_both_directions_begin_on_pumps_of_their_own(hand):
+def peek(sock: socket.socket, count: int) -> bytes:
+    return sock.recv(count, socket.MSG_PEEK | socket.MSG_DONTWAIT) if count else b""
+
+
+def test_both_directions_begin_at_rest(hand):
     hand.start()
-    assert hand.pumps.names == ["conn-1-up", "conn-1-down"]
-    assert hand.tunnel.deadline == NEVER
+    assert hand.pumps.names == []
+    assert len(hand.reactor.watched) == 2
     assert hand.tunnel in hand.reactor.timed
+    assert hand.tunnel.deadline == hand.reactor.now + 100
 
 
 def test_it_ends_when_both_directions_have_ended_and_says_so_once(hand):
     hand.start()
-    hand.pump_ends("up", End.DONE)
+    hand.client.shutdown(socket.SHUT_WR)
+    hand.ready("up")
     assert hand.ended == 0
-    hand.pump_ends("down", End.DONE)
+    assert hand.backend.recv(1) == b"", "the end is passed on as a half-close"
+    hand.backend.sendall(b"answer")
+    hand.backend.shutdown(socket.SHUT_WR)
+    hand.ready("down", 6)
+    assert hand.ended == 0
+    hand.ready("down")
+    assert receive_all(hand.client) == b"answer"
     assert hand.ended == 1
     assert hand.tunnel.code == "--"
     assert hand.reactor.timed == set()
-
-
-def test_a_silent_direction_rests_and_its_first_byte_starts_a_pump_again(hand):
-    hand.start()
-    hand.pump_ends("down", End.SILENT)
-    assert list(hand.reactor.watched) == [hand.tunnel.down.flow.source.fileno()]
-    hand.first_byte("down")
     assert hand.reactor.watched == {}
-    assert hand.pumps.names == ["conn-1-up", "conn-1-down", "conn-1-down"]
+
+
+def test_a_little_is_passed_on_without_a_pump(hand):
+    hand.start()
+    for _ in range(3):
+        hand.say("up", 100)
+        assert receive(hand.backend, 100) == bytes(100)
+    assert hand.pumps.names == []
+    assert hand.tunnel.up.flow.octets == 300
+
+
+def test_much_starts_a_pump_and_its_silence_ends_that(hand):
+    hand.start()
+    hand.much("down")
+    assert hand.pumps.names == ["conn-1-down"]
+    assert list(hand.reactor.watched) == [hand.tunnel.up.flow.source.fileno()]
+    hand.pump_ends("down", End.SILENT)
+    hand.say("down", 1)
+    assert hand.pumps.names == ["conn-1-down"]
+    hand.much("down")
+    assert hand.pumps.names == ["conn-1-down"] * 2
+
+
+def test_a_sink_that_does_not_take_all_is_left_to_a_pump(hand):
+    hand.start()
+    sent = 0
+    while not hand.tunnel.up.pumped:
+        hand.say("up", 1000)
+        sent += 1000
+    assert hand.pumps.names == ["conn-1-up"]
+    assert 0 < sent - hand.tunnel.up.flow.octets <= 1000, "what is left is the pump's to send"
+
+
+def test_what_was_received_before_goes_first(hand):
+    hand.tunnel.start(b"early", b"hello")
+    assert receive(hand.backend, 5) + receive(hand.client, 5) == b"earlyhello"
+    assert hand.pumps.names == []
+
+
+# How long it may be silent: the later of any octet either way ------------------------------------------------------
+
+
+def test_each_octet_either_way_starts_the_silence_anew(hand):
+    hand.start()
+    for way in ("up", "down"):
+        hand.reactor.now += 50
+        hand.say(way, 1)
+        assert hand.tunnel.deadline == hand.reactor.now + 100
 
 
 def test_a_direction_that_is_pumped_keeps_the_other_ones_silence_from_counting(hand):
     """A long stream one way must not be cut because nothing goes the other way."""
-    hand.start()
-    hand.pump_ends("up", End.SILENT)
+    hand.bring_to("resting/pumped")
+    assert hand.tunnel.deadline == NEVER
+    hand.say("up", 1)
     assert hand.tunnel.deadline == NEVER
 
 
-def test_silence_counts_from_the_last_octet_either_way(hand):
-    """The later of the two pumps has waited in vain since then."""
-    hand.start()
+def test_a_pump_that_waited_in_vain_heard_its_last_octet_before(hand):
+    hand.bring_to("pumped/pumped")
     hand.pump_ends("up", End.SILENT)
+    assert hand.tunnel.deadline == NEVER
     hand.reactor.now += 500
     hand.pump_ends("down", End.SILENT)
     assert hand.tunnel.deadline == hand.reactor.now - tunnel_module.REST_AFTER + 100
-    hand.reactor.now += 50
-    hand.first_byte("up")
-    assert hand.tunnel.deadline == NEVER
+
+
+def test_what_came_the_other_way_while_a_pump_waited_in_vain_counts(hand):
+    """Where the silence allowed is short, the pump waits for all of it, and a tunnel in use would be cut."""
+    hand.bring_to("pumped/resting")
     hand.reactor.now += 500
+    hand.say("down", 1)
+    heard = hand.reactor.now
+    hand.reactor.now += 1
     hand.pump_ends("up", End.SILENT)
-    assert hand.tunnel.deadline == hand.reactor.now - tunnel_module.REST_AFTER + 100
+    assert hand.tunnel.deadline == heard + 100
 
 
-def test_silence_counts_after_the_other_direction_has_ended_too(hand):
-    """The client rests, the backend closes: a client that never closes must not keep the connection for ever."""
+@pytest.mark.parametrize("by_pump", [False, True])
+def test_silence_counts_when_only_one_direction_is_left(hand, by_pump):
+    """The backend has closed: a client that never closes must not keep the connection for ever."""
     hand.start()
-    hand.pump_ends("up", End.SILENT)
-    hand.reactor.now += 500
-    hand.pump_ends("down", End.DONE)
+    if by_pump:
+        hand.much("down")
+        hand.reactor.now += 500
+        hand.pump_ends("down", End.DONE)
+    else:
+        hand.reactor.now += 50
+        hand.backend.shutdown(socket.SHUT_WR)
+        hand.ready("down")
     assert hand.tunnel.deadline == hand.reactor.now + 100
+    assert hand.ended == 0
 
 
-def test_silence_counts_for_the_direction_that_is_left(hand):
-    hand.start()
-    hand.pump_ends("up", End.DONE)
-    assert hand.tunnel.deadline == NEVER
-    hand.reactor.now += 500
-    hand.pump_ends("down", End.SILENT)
-    assert hand.tunnel.deadline == hand.reactor.now - tunnel_module.REST_AFTER + 100
+# How it can be ended ----------------------------------------------------------------------------------------------
 
 
 STATES = [
@@ -234,6 +316,7 @@ def test_how_a_pump_ends_after_a_kill_changes_nothing(hand, end):
     assert (hand.ended, hand.tunnel.code, hand.reactor.watched) == (1, "KD", {})
 
 
+@pytest.mark.parametrize("other_state", ["pumped", "resting"])
 @pytest.mark.parametrize(
     ("way", "end", "code"),
     [
@@ -245,12 +328,14 @@ def test_how_a_pump_ends_after_a_kill_changes_nothing(hand, end):
         ("down", End.FAILED, "ID"),
     ],
 )
-def test_a_direction_that_breaks_wakes_the_other_and_names_who_broke_it(hand, way, end, code):
-    hand.start()
+def test_a_pump_that_breaks_off_ends_the_other_way_and_names_who_broke_it(hand, way, end, code, other_state):
     other = {"up": "down", "down": "up"}[way]
+    hand.bring_to(f"pumped/{other_state}" if way == "up" else f"{other_state}/pumped")
     hand.pump_ends(way, end)
-    assert getattr(hand.tunnel, other).flow.source.recv(1) == b"", "what the other pump waits for has come"
-    hand.pump_ends(other, End.SINK_LOST)
+    assert getattr(hand.tunnel, other).flow.source.recv(1) == b"", "a pump that waits there wakes"
+    if other_state == "pumped":
+        assert hand.ended == 0
+        hand.pump_ends(other, End.SINK_LOST)
     assert (hand.ended, hand.tunnel.code) == (1, code)
 
 
@@ -258,36 +343,51 @@ def test_a_direction_that_breaks_wakes_the_other_and_names_who_broke_it(hand, wa
 def test_a_sink_that_is_lost_leaves_what_it_sent_before_to_be_delivered(hand, way, code):
     """A server that answers without reading the rest resets the connection as it closes; its answer is here already."""
     other = {"up": "down", "down": "up"}[way]
-    hand.start()
-    hand.pump_ends(other, End.SILENT)
+    hand.bring_to("pumped/resting" if way == "up" else "resting/pumped")
+    hand.source_peer(other).sendall(b"answer")
     hand.pump_ends(way, End.SINK_LOST)
     assert hand.ended == 0
     assert hand.tunnel.deadline < NEVER, "and it cannot stay for ever"
-    hand.first_byte(other)
-    hand.pump_ends(other, End.DONE)
+    hand.ready(other, 6)
+    hand.source_peer(other).close()
+    hand.ready(other)
+    assert receive_all(hand.sink_peer(other)) == b"answer"
     assert (hand.ended, hand.tunnel.code) == (1, code)
 
 
-def test_without_a_thread_for_one_direction_neither_goes_on(hand):
-    hand.pumps.free = 1
+def test_a_reset_seen_at_rest_ends_the_other_way(hand):
     hand.start()
+    hand.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    hand.client.close()
+    hand.ready("up")
+    assert (hand.ended, hand.tunnel.code, hand.reactor.watched) == (1, "CD", {})
+
+
+def test_readiness_that_was_another_sockets_is_no_end(hand):
+    """A descriptor's number may have been given away within the batch in which it was ready."""
+    hand.start()
+    hand.reactor.watched[hand.tunnel.up.flow.source.fileno()](READ)
+    assert hand.tunnel.up.resting
     assert hand.ended == 0
-    assert hand.client.recv(1) == hand.backend.recv(1) == b""
+
+
+def test_without_a_thread_for_one_direction_neither_goes_on(hand):
+    hand.bring_to("pumped/resting")
+    hand.pumps.free = 0
+    hand.say("down", tunnel_module.TURN)
+    assert hand.ended == 0
+    assert receive_all(hand.client) == bytes(tunnel_module.TURN)
     hand.pump_ends("up", End.DONE)
-    assert (hand.ended, hand.tunnel.code) == (1, "RD")
+    assert (hand.ended, hand.tunnel.code, hand.reactor.watched) == (1, "RD", {})
 
 
-def test_without_any_thread_it_ends_at_once(hand):
+def test_without_any_thread_short_messages_still_pass(hand):
     hand.pumps.free = 0
     hand.start()
-    assert (hand.ended, hand.tunnel.code, hand.pumps.names) == (1, "RD", [])
-
-
-def test_without_a_thread_to_wake_to_it_ends(hand):
-    hand.bring_to("resting/resting")
-    hand.pumps.free = 0
-    hand.first_byte("up")
-    assert (hand.ended, hand.tunnel.code, hand.reactor.watched) == (1, "RD", {})
+    hand.say("up", 100)
+    assert receive(hand.backend, 100) == bytes(100)
+    hand.say("up", tunnel_module.TURN)
+    assert (hand.ended, hand.tunnel.code, hand.pumps.names, hand.reactor.watched) == (1, "RD", [], {})
 
 
 def test_a_pump_that_breaks_still_reports(hand, monkeypatch):
@@ -428,41 +528,62 @@ def test_a_tunnel_that_rests_holds_no_thread_and_wakes_from_either_side(run):
         rest(run, tunnel)
         client.sendall(b"ping")
         assert receive(backend, 4) == b"ping"
-        rest(run, tunnel)
         backend.sendall(b"pong")
         assert receive(client, 4) == b"pong"
+        pump(tunnel, client, backend)
     rest(run, tunnel)
     client.close()
     assert receive_all(backend) == b""
     backend.close()
     run.wait_for(tunnel)
-    assert (tunnel.code, tunnel.up.flow.octets, tunnel.down.flow.octets) == ("--", 8, 8)
+    assert tunnel.code == "--"
+    assert min(tunnel.up.flow.octets, tunnel.down.flow.octets) >= 2 * (tunnel_module.TURN + 4)
 
 
 def test_a_direction_that_rests_does_not_hinder_the_other(run):
     client, backend, tunnel = run.tunnel()
-    streaming = threading.Event()
+    stop = threading.Event()
 
     def stream() -> None:
-        while not streaming.is_set():
-            backend.sendall(b"x" * 1000)
+        while not stop.is_set():
+            backend.sendall(bytes(1_000_000))
+        backend.shutdown(socket.SHUT_WR)
 
     thread = threading.Thread(target=stream, name="stream")
     thread.start()
     try:
-        with client.makefile("rb") as file:
-            while not tunnel.up.resting:
-                assert file.read(1000) == b"x" * 1000
-            client.sendall(b"stop")
-            assert receive(backend, 4) == b"stop"
-            streaming.set()
-            backend_done = threading.Thread(target=lambda: (thread.join(), backend.close()), name="close")
-            backend_done.start()
-            assert set(file.read()) <= set(b"x")
-            backend_done.join()
+        while not tunnel.down.pumped:
+            assert receive(client, 100_000) == bytes(100_000)
+        assert tunnel.up.resting
+        client.sendall(b"stop")
+        while not select.select([backend], [], [], 0)[0]:
+            assert receive(client, 100_000) == bytes(100_000)
+        assert receive(backend, 4) == b"stop"
     finally:
-        streaming.set()
+        stop.set()
+        received = receive_all(client)
         thread.join()
+    assert set(received) <= {0}
+
+
+def test_a_sink_that_makes_it_wait_loses_nothing(run):
+    """The reactor hands over to a pump in the middle of a piece."""
+    client, backend, tunnel = run.tunnel()
+    data = random.Random(1).randbytes(20_000_000)
+
+    def send() -> None:
+        for place in range(0, len(data), 10_000):
+            client.sendall(data[place : place + 10_000])
+        client.shutdown(socket.SHUT_WR)
+
+    thread = threading.Thread(target=send, name="send")
+    thread.start()
+    eventually(lambda: tunnel.up.pumped, "a pump")
+    assert hashlib.sha256(receive_all(backend)).digest() == hashlib.sha256(data).digest()
+    thread.join()
+    backend.close()
+    run.wait_for(tunnel)
+    assert (tunnel.code, tunnel.up.flow.octets) == ("--", len(data))
 
 
 def test_a_tunnel_that_is_silent_both_ways_for_too_long_is_cut(run):
@@ -493,14 +614,15 @@ def test_a_tunnel_half_of_which_has_ended_is_cut_when_the_rest_is_silent(run):
     assert tunnel.code == "cD"
 
 
-@pytest.mark.parametrize("resting", [False, True], ids=["pumped", "resting"])
+@pytest.mark.parametrize("pumped", [False, True], ids=["resting", "pumped"])
 @pytest.mark.parametrize(("who", "code"), [("client", "CD"), ("backend", "SD")])
-def test_a_reset_is_passed_on_as_a_reset(run, who, code, resting):
+def test_a_reset_is_passed_on_as_a_reset(run, monkeypatch, who, code, pumped):
     """What was sent before it must not look complete."""
+    monkeypatch.setattr(tunnel_module, "REST_AFTER", PATIENCE)
     client, backend, tunnel = run.tunnel()
-    if resting:
-        rest(run, tunnel)
     culprit, other = (client, backend) if who == "client" else (backend, client)
+    if pumped:
+        pump(tunnel, client, backend)
     culprit.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     culprit.close()
     with pytest.raises(ConnectionResetError):
@@ -522,9 +644,18 @@ def test_an_answer_that_came_before_the_backend_refused_the_rest_is_delivered(ru
     run.wait_for(tunnel)
 
 
-def test_a_kill_wakes_pumps_that_wait_for_their_sources(run):
-    client, backend, tunnel = run.tunnel(up_first=b"x", down_first=b"y")
-    assert receive(backend, 1) + receive(client, 1) == b"xy"
+def pump(tunnel: Tunnel, client: socket.socket, backend: socket.socket) -> None:
+    """Have both directions pumped."""
+    for source, sink, direction in ((client, backend, tunnel.up), (backend, client, tunnel.down)):
+        while not direction.pumped:
+            source.sendall(bytes(tunnel_module.TURN))
+            assert receive(sink, tunnel_module.TURN) == bytes(tunnel_module.TURN)
+
+
+def test_a_kill_wakes_pumps_that_wait_for_their_sources(run, monkeypatch):
+    monkeypatch.setattr(tunnel_module, "REST_AFTER", PATIENCE)
+    client, backend, tunnel = run.tunnel()
+    pump(tunnel, client, backend)
     run.reactor.call_soon(tunnel.kill)
     assert receive_all(client) == receive_all(backend) == b""
     run.wait_for(tunnel)
@@ -572,14 +703,14 @@ def test_a_sink_that_takes_nothing_for_as_long_as_the_silence_lasts_is_cut(run):
 
 def test_at_the_limit_of_threads_a_tunnel_ends_and_the_others_go_on(run, monkeypatch):
     monkeypatch.setattr(tunnel_module, "REST_AFTER", PATIENCE)
-    run.pumps._limit = 3
+    run.pumps._limit = 2
     client, backend, first = run.tunnel()
-    client.sendall(b"x")
-    assert receive(backend, 1) == b"x"
-    other_client, other_backend, second = run.tunnel()
-    assert receive_all(other_client) == receive_all(other_backend) == b""
+    pump(first, client, backend)
+    other_client, _, second = run.tunnel()
+    flood(other_client)
     run.wait_for(second)
     assert second.code == "RD"
-    client.sendall(b"y")
-    assert receive(backend, 1) == b"y"
+    for source, sink in ((client, backend), (backend, client)):
+        source.sendall(b"x")
+        assert receive(sink, 1) == b"x"
     assert first not in run.ended
