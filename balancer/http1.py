@@ -437,11 +437,19 @@ def interim_head(answer: Answer) -> bytes:
 
 
 def own_answer(
-    status: int, reason: str, request_id: str, now: float, *, persistent: bool, minor: int = 1, body: bool = True
+    status: int,
+    reason: str,
+    code: str,
+    request_id: str,
+    now: float,
+    *,
+    persistent: bool,
+    minor: int = 1,
+    body: bool = True,
 ) -> bytes:
-    """An answer of our own: short, readable, dated, with the request's id. `body` is False for HEAD."""
+    """An answer of our own: short, readable, dated, with the log's code and id. `body` is False for HEAD."""
     phrase = HTTPStatus(status).phrase
-    text = f"{status} {phrase}: {reason}\nrequest id: {request_id}\n".encode("ascii", "backslashreplace")
+    text = f"{status} {phrase}: {reason}\ncode: {code}, request id: {request_id}\n".encode("ascii", "backslashreplace")
     fields = [
         f"HTTP/1.1 {status} {phrase}",
         f"Date: {http_date(now).decode()}",

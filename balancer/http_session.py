@@ -754,6 +754,7 @@ class HttpSession:
         answer = own_answer(
             status,
             reason,
+            self._code,
             self._request_id,
             time.time(),
             persistent=self._persistent,

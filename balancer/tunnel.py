@@ -10,6 +10,8 @@ How a direction that breaks ends the other one:
 - A sink that is lost sends nothing new, but what it sent before may still lie here, such as the answer of a server that
   did not want the rest of a request: the other direction goes on, and soon comes to that end by itself.
 - A source that is lost has reset its connection: what it sent must not look complete, so the reset is passed on.
+  A socket tells of its reset once, and from then on of an end like any other: where sending heard of it, the direction
+  that receives from there has to be told.
 - Whatever else happens, both sockets are shut down, which ends the pumps that still run.
 
 When both directions have ended the session is told; the session closes the sockets.
@@ -33,7 +35,7 @@ RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 class Direction:
     """One of the two ways through a tunnel."""
 
-    __slots__ = ("codes", "ended", "flow", "name", "pumped", "resting")
+    __slots__ = ("codes", "ended", "flow", "name", "pumped", "reset", "resting")
 
     def __init__(self, source: socket.socket, sink: socket.socket, name: str, codes: dict[End, str]) -> None:
         self.flow = Flow(source, sink)
@@ -42,6 +44,7 @@ class Direction:
         self.pumped = False
         self.resting = False
         self.ended = False
+        self.reset = False  # the source, as the other direction heard in sending
 
 
 class Tunnel:
@@ -94,9 +97,7 @@ class Tunnel:
     def crashed(self, error: Exception) -> None:
         self._break_off("ID")
 
-    def _pump(self, direction: Direction, first: bytes = b"") -> None:
-        if direction.ended:
-            return
+    def _pump(self, direction: Direction, first: bytes) -> None:
         direction.pumped = True
         self.deadline = NEVER
         wait_at_most(direction.flow.source, direction.flow.sink, self._rest_after, self._idle)
@@ -134,7 +135,7 @@ class Tunnel:
         if end is End.SINK_LOST:
             self._note(code)
         elif end is End.SOURCE_LOST:
-            broken.flow.sink.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            _reset_at_close(broken.flow.sink)
             self._break_off(code, socket.SHUT_RD)  # both would send the end of the stream, ahead of the reset
         else:
             self._break_off(code)
@@ -162,7 +163,9 @@ class Tunnel:
             return
         self._wake(direction)
         self._hear(self._reactor.now)
-        if end is End.DONE and not half_close(flow.sink):
+        if direction.reset:
+            end = End.SOURCE_LOST
+        elif end is End.DONE and not half_close(flow.sink):
             end = End.SINK_LOST
         self._ended(direction, end)
 
@@ -172,7 +175,10 @@ class Tunnel:
             sent = flow.sink.send(data, socket.MSG_DONTWAIT)
         except BlockingIOError:
             sent = 0
-        except OSError:
+        except OSError as error:
+            # EPIPE is told where the sink had sent all that it had, and its end, before it was lost.
+            other = self.down if direction is self.up else self.up
+            other.reset = not isinstance(error, BrokenPipeError)
             self._wake(direction)
             self._ended(direction, End.SINK_LOST)
             return
@@ -213,8 +219,14 @@ class Tunnel:
             self._on_end(self)
 
 
-# How the end of a direction's pump is told: who it was, as the first letter of a termination code, and that it was in
-# the data.
+def _reset_at_close(sock: socket.socket) -> None:
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    except OSError:
+        return  # macOS refuses this for a connection that is dead, and there is nobody left to be told
+
+
+# How the end of a direction is told: who it was, as the first letter of a termination code, and that it was in the data.
 _UP_CODES = {
     End.SOURCE_LOST: "CD",
     End.SINK_LOST: "SD",

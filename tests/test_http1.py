@@ -623,7 +623,7 @@ def test_an_interim_head_says_nothing_of_a_body() -> None:
 
 @pytest.mark.parametrize("status", [200, 400, 405, 408, 413, 414, 417, 431, 501, 502, 503, 504, 505])
 def test_our_own_answers_are_whole_and_readable(status: int) -> None:
-    octets = own_answer(status, "because of \u00e9", "id-7", NOW, persistent=False)
+    octets = own_answer(status, "because of \u00e9", "PR", "id-7", NOW, persistent=False)
     answer = read_by_http_client(octets)
     assert answer.rest == b""
     assert answer.start[0] == str(status)
@@ -638,11 +638,11 @@ def test_our_own_answers_are_whole_and_readable(status: int) -> None:
 
 
 def test_our_own_answer_keeps_to_the_clients_version_and_method() -> None:
-    kept = own_answer(503, "full", "1", NOW, persistent=True)
+    kept = own_answer(503, "full", "sQ", "1", NOW, persistent=True)
     assert b"Connection:" not in kept
-    old = own_answer(503, "full", "1", NOW, persistent=True, minor=0)
+    old = own_answer(503, "full", "sQ", "1", NOW, persistent=True, minor=0)
     assert b"\r\nConnection: keep-alive\r\n" in old
-    head, _, body = own_answer(503, "full", "1", NOW, persistent=True, body=False).partition(b"\r\n\r\n")
+    head, _, body = own_answer(503, "full", "sQ", "1", NOW, persistent=True, body=False).partition(b"\r\n\r\n")
     assert body == b""
     assert b"Content-Length: %d" % len(kept.partition(b"\r\n\r\n")[2]) in head
 

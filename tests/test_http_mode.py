@@ -695,7 +695,7 @@ def test_without_any_backend_the_answer_is_a_readable_503(tmp_path, refusing):
                 answer = ask(connection, method=method)
                 assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
             name = answer.headers["X-Request-Id"]
-            text = f"503 Service Unavailable: no backend is available\nrequest id: {name}\n"
+            text = f"503 Service Unavailable: no backend is available\ncode: SC, request id: {name}\n"
             assert answer.body.decode() == text
     assert any(line.endswith(f" code=SC tries=0 id={name}") for line in log_lines(tmp_path))
 
