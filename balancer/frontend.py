@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from balancer.backend import Backend
 from balancer.config import Config
-from balancer.http1 import HeadLimits
+from balancer.http1 import HeadLimits, KnownFields
 from balancer.journal import Journal
 from balancer.pool import Pool
 from balancer.pump import Pumps
@@ -59,6 +59,7 @@ class Frontend:
         self.head_limits = HeadLimits(
             config.limits.head_bytes, config.limits.request_line_bytes, config.limits.fields
         )
+        self.known_fields: KnownFields = {}
         self.record: Callable[[tuple[Any, ...]], None] = journal.exchange
         self.on_closed = on_closed
         self.proto = b"http"

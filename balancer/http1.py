@@ -116,7 +116,7 @@ class Request:
 class _RequestFields:
     """What a block of fields says, whatever the request line before it."""
 
-    __slots__ = ("close", "expect", "forward", "hops", "host", "keep_alive", "length", "modern", "tail", "upgrade")
+    __slots__ = ("close", "expect", "forward", "hops", "host", "keep_alive", "length", "modern", "upgrade")
 
     close: bool
     keep_alive: bool
@@ -127,21 +127,40 @@ class _RequestFields:
     length: int
     forward: bytes  # what goes on unchanged, and the framing; from the CRLF before the first to the one after the last
     modern: bytes  # fields for the backend that an HTTP/1.0 client has no say in
-    tail: tuple[int, bytes]  # the client's minor version, and all of the backend's head that follows the target
+
+
+KnownFields = dict[bytes, _RequestFields]
+MOST_KNOWN = 64  # blocks of fields that all connections remember together: clients of one kind send the same ones
 
 
 class RequestReader:
     """Reads the request heads of one client connection.
 
     client: the address for X-Forwarded-For. proto: b"http" or b"https". authority: how the client reached us, for
-    HTTP/1.0 requests that name no host.
+    HTTP/1.0 requests that name no host. known: what blocks of fields say, shared by connections that keep to the same
+    limits.
     """
 
-    __slots__ = ("_authority", "_block", "_fields", "_head", "_limits", "_request", "_scanned", "_suffix")
+    __slots__ = (
+        "_authority",
+        "_block",
+        "_fields",
+        "_head",
+        "_known",
+        "_limits",
+        "_request",
+        "_scanned",
+        "_suffix",
+        "_tail",
+        "_tail_minor",
+    )
 
-    def __init__(self, client: bytes, proto: bytes, authority: bytes, limits: HeadLimits) -> None:
+    def __init__(
+        self, client: bytes, proto: bytes, authority: bytes, limits: HeadLimits, known: KnownFields | None = None
+    ) -> None:
         self._authority = authority
         self._limits = limits
+        self._known = {} if known is None else known
         self._suffix = b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Port: %b\r\nX-Forwarded-Host: " % (
             client,
             proto,
@@ -152,6 +171,8 @@ class RequestReader:
         self._request: Request | None = None
         self._block = b""  # the last block of fields
         self._fields: _RequestFields | None = None
+        self._tail_minor = -1  # the minor version for which `_tail` was made of `_fields`
+        self._tail = b""  # all of the backend's head that follows the target
 
     def read(self, buffer: bytes) -> tuple[Request, int] | None:
         """The request at the buffer's beginning and the length of its head; None while it is not complete.
@@ -210,10 +231,15 @@ class RequestReader:
             fields = self._fields
             assert fields is not None
         else:
-            fields = self._parse_fields(block)
+            fields = self._known.get(block) or self._parse_fields(block)
+            self._tail_minor = -1
             if len(block) <= REMEMBERED:
+                if len(self._known) >= MOST_KNOWN:
+                    self._known.clear()
+                self._known[block] = self._fields = fields
                 self._block = block
-                self._fields = fields
+            else:
+                self._block = b""
         if fields.length == CHUNKED and minor == 0:
             raise HttpError(400, "Transfer-Encoding in HTTP/1.0")
         if fields.host is None and minor:
@@ -222,12 +248,12 @@ class RequestReader:
         if target[:1] != b"/":
             target, host = _origin_form(method, target)
         if host is not None:
-            tail = self._tail(fields, host, minor)
+            tail = self._make_tail(fields, host, minor)
         else:
-            known, tail = fields.tail
-            if known != minor:
-                tail = self._tail(fields, fields.host or self._authority, minor)
-                fields.tail = (minor, tail)
+            if self._tail_minor != minor:
+                self._tail = self._make_tail(fields, fields.host or self._authority, minor)
+                self._tail_minor = minor
+            tail = self._tail
         if fields.hops >= 0 and method in (b"TRACE", b"OPTIONS"):
             tail = _one_hop_less(method, tail, fields.hops)
 
@@ -243,7 +269,7 @@ class RequestReader:
         request.persistent = not fields.close and (minor == 1 or fields.keep_alive)
         return request
 
-    def _tail(self, fields: _RequestFields, host: bytes, minor: int) -> bytes:
+    def _make_tail(self, fields: _RequestFields, host: bytes, minor: int) -> bytes:
         modern = fields.modern if minor else b""
         via = b"\r\nVia: 1.1 lb\r\n\r\n" if minor else b"\r\nVia: 1.0 lb\r\n\r\n"
         return b"".join((b" HTTP/1.1\r\nHost: ", host, fields.forward, modern, self._suffix, host, via))
@@ -254,7 +280,6 @@ class RequestReader:
         fields.host = None
         fields.expect = False
         fields.hops = -1
-        fields.tail = (-1, b"")
         options: list[bytes] = []
         upgrades: list[bytes] = []
         lengths: list[bytes] = []
@@ -312,7 +337,7 @@ class RequestReader:
 class Answer:
     """A backend's final or interim head, and what the client is sent for it. Never changed after it was made."""
 
-    __slots__ = ("dated", "fields", "length", "line", "plain", "reusable", "status")
+    __slots__ = ("closing", "dated", "fields", "length", "line", "plain", "reusable", "status")
 
     status: int
     line: bytes  # the status line for the client, without its CRLF
@@ -320,6 +345,7 @@ class Answer:
     length: int  # octets of the body, CHUNKED or UNTIL_CLOSE; what HEAD, 204 and 304 say of it is in here too
     dated: bool
     plain: bytes  # the whole head, where length is a number and the client's connection stays; else empty
+    closing: bytes  # the same where the client's connection does not stay
     reusable: bool  # may the backend's connection be used again?
 
 
@@ -370,9 +396,11 @@ class AnswerReader:
         except HttpError as error:
             raise BadAnswer(f"in the backend's answer: {error.reason}") from None
         if answer.length >= 0 and answer.dated:
-            answer.plain = b"%b%bContent-Length: %d\r\n\r\n" % (answer.line, answer.fields, answer.length)
+            head = b"%b%bContent-Length: %d\r\n" % (answer.line, answer.fields, answer.length)
+            answer.plain = head + b"\r\n"
+            answer.closing = head + b"Connection: close\r\n\r\n"
         else:
-            answer.plain = b""
+            answer.plain = answer.closing = b""
         return answer
 
     def _parse_fields(self, answer: Answer, block: bytes, *, modern: bool) -> None:

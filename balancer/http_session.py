@@ -127,7 +127,9 @@ class HttpSession:
         self._number = number
         self._client = format_address(address[0], address[1])
         self.client_ip = address[0]
-        self._reader = RequestReader(address[0].encode(), front.proto, front.authority, front.head_limits)
+        self._reader = RequestReader(
+            address[0].encode(), front.proto, front.authority, front.head_limits, front.known_fields
+        )
         self._reading = False  # is the client's descriptor registered?
         self._state = IDLE
         self._buffer = b""  # what came from the client and is not consumed: a head begun, or pipelined requests
@@ -508,9 +510,8 @@ class HttpSession:
         self._answered_after = self._reactor.now - self._began
         upstream.backend.answered_in(self._answered_after - self._connected_after, self._reactor.now)
         if len(buffer) - length == answer.length and self._is_plain(answer, request):
-            # The common case: all of it is here, and everybody stays connected.
-            body = buffer[length:]
-            out = answer.plain + body
+            # The common case: all of it is here, and its head needs no thought.
+            out = (answer.plain if self._persistent else answer.closing) + buffer[length:]
             try:
                 sent = self._sock.send(out, DONTWAIT)
             except BlockingIOError:
@@ -530,10 +531,9 @@ class HttpSession:
         self._begin_answer(answer, request, buffer[length:])
 
     def _is_plain(self, answer: Answer, request: Request) -> bool:
-        """May `answer.plain` and the whole body be sent as they are, and the connection stay?"""
+        """May `answer.plain` or `answer.closing` and the whole body be sent as they are?"""
         return (
             answer.plain != b""
-            and self._persistent
             and self._up_body is None
             and self._up_pump is None
             and not self._up_failed
@@ -843,7 +843,9 @@ class HttpSession:
 
     def _close(self) -> None:
         self._state = CLOSED
-        self._stop_reading()
+        if self._reading:
+            self._reading = False
+            self._reactor.forget(self._fd)
         self._reactor.timed.discard(self)
         self._sock.close()
         self._front.on_closed(self)

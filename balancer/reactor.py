@@ -92,7 +92,8 @@ class Reactor:
         clock: Callable[[], float] = time.monotonic,
         portable: bool = not hasattr(select, "epoll"),
     ) -> None:
-        self._poller: _Poller = _PortablePoller() if portable or sys.platform != "linux" else select.epoll()
+        self._must_unregister = portable or sys.platform != "linux"
+        self._poller: _Poller = _PortablePoller() if self._must_unregister else select.epoll()
         self._tick = tick
         self._clock = clock
         self._on_error = on_error
@@ -121,6 +122,12 @@ class Reactor:
         """Forget a descriptor, which must still be open."""
         del self.handlers[fd]
         self._poller.unregister(fd)
+
+    def forget(self, fd: int) -> None:
+        """Forget a descriptor that is about to be closed, which is all that epoll has to be told."""
+        del self.handlers[fd]
+        if self._must_unregister:
+            self._poller.unregister(fd)
 
     def call_soon(self, function: Callable[..., None], *arguments: Any) -> None:
         """Have the reactor call this. Any thread may ask."""

@@ -226,7 +226,8 @@ def _reset_at_close(sock: socket.socket) -> None:
         return  # macOS refuses this for a connection that is dead, and there is nobody left to be told
 
 
-# How the end of a direction is told: who it was, as the first letter of a termination code, and that it was in the data.
+# How the end of a direction is told: who it was, as the first letter of a termination code, and that it was in the
+# data.
 _UP_CODES = {
     End.SOURCE_LOST: "CD",
     End.SINK_LOST: "SD",

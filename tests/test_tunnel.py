@@ -49,10 +49,11 @@ class HandReactor:
 
 
 class HandPumps:
-    """Accepts work and does none of it; `free` is how many more pieces find a thread."""
+    """Accepts work and leaves it to the test; `free` is how many more pieces find a thread."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.works: list[Callable[[], None]] = []
         self.free = 1000
 
     def run(self, name: str, work: Callable[[], None]) -> None:
@@ -60,6 +61,23 @@ class HandPumps:
             raise RuntimeError("all are busy")
         self.free -= 1
         self.names.append(name)
+        self.works.append(work)
+
+
+class Narrow:
+    """A sink that takes no more than so many octets at once, and none as long as `takes` is 0."""
+
+    def __init__(self, sock: socket.socket, takes: int) -> None:
+        self.sock = sock
+        self.takes = takes
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.sock, name)
+
+    def send(self, data: bytes, flags: int = 0) -> int:
+        if not self.takes:
+            raise BlockingIOError
+        return self.sock.send(data[: self.takes], flags)
 
 
 class ByHand:
@@ -82,8 +100,12 @@ class ByHand:
         )
 
     def _on_end(self, tunnel: Tunnel) -> None:
+        """As a session does."""
         assert tunnel is self.tunnel
+        assert not self.reactor.watched
         self.ended += 1
+        self._client_end.close()
+        self._backend_end.close()
 
     def start(self) -> None:
         self.tunnel.start()
@@ -120,6 +142,11 @@ class ByHand:
         self.tunnel.deadline = NEVER
         self.tunnel.expired(self.reactor.now)
 
+    def lose(self, way: str) -> None:
+        """Reset the connection that this direction sends to, and wait until the tunnel's end of it has heard."""
+        reset(self.sink_peer(way))
+        assert select.select([getattr(self.tunnel, way).flow.sink], [], [], PATIENCE)[0]
+
     def bring_to(self, state: str) -> None:
         """Up's state, a slash, down's: `pumped/resting`."""
         self.start()
@@ -141,6 +168,11 @@ def connection() -> tuple[socket.socket, socket.socket]:
         one = socket.create_connection(listener.getsockname(), timeout=PATIENCE)
         other, _ = listener.accept()
     return one, other
+
+
+def reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    sock.close()
 
 
 @pytest.fixture
@@ -211,10 +243,77 @@ def test_a_sink_that_does_not_take_all_is_left_to_a_pump(hand):
     assert 0 < sent - hand.tunnel.up.flow.octets <= 1000, "what is left is the pump's to send"
 
 
+@pytest.mark.parametrize("takes", [0, 1, 999, 1000])
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_a_pump_sends_what_the_sink_left_and_nothing_twice(hand, way, takes):
+    hand.start()
+    flow = getattr(hand.tunnel, way).flow
+    flow.sink = sink = Narrow(flow.sink, takes)
+    data = random.Random(2).randbytes(3000)
+    hand.source_peer(way).sendall(data[:1000])
+    hand.ready(way, 1000)
+    assert flow.octets == takes
+    hand.source_peer(way).sendall(data[1000:])
+    hand.source_peer(way).shutdown(socket.SHUT_WR)
+    if takes == 1000:
+        assert hand.pumps.works == []
+        hand.ready(way, 2000)
+    sink.takes = 100
+    pumps = Pumps()
+    for work in hand.pumps.works:
+        pumps.run("conn-1", work)
+    pumps.stop()
+    assert hand.reactor.calls == [(hand.tunnel._pump_ended, (getattr(hand.tunnel, way),))]
+    assert receive_all(hand.sink_peer(way)) == data
+    assert (flow.octets, flow.end) == (3000, End.DONE)
+
+
+@pytest.mark.parametrize(("octets", "names"), [(-1, []), (0, ["conn-1-down"]), (1, ["conn-1-down"])])
+def test_a_full_piece_is_worth_a_pump_and_less_is_not(hand, octets, names):
+    hand.start()
+    hand.say("down", tunnel_module.TURN + octets)
+    assert hand.pumps.names == names
+    assert hand.tunnel.down.flow.octets == tunnel_module.TURN + min(octets, 0)
+
+
+def test_a_turn_takes_one_piece_and_leaves_the_rest_for_the_next(hand, monkeypatch):
+    """However much lies there, the others that are ready have their turns before it."""
+    hand.start()
+    hand.client.sendall(bytes(1000))
+    source = hand.tunnel.up.flow.source
+    eventually(lambda: len(peek(source, 1000)) == 1000, "what was sent")
+    monkeypatch.setattr(tunnel_module, "TURN", 600)
+    hand.ready("up", 600)
+    assert hand.tunnel.up.flow.octets == 600
+    assert len(peek(source, 1000)) == 400
+
+
 def test_what_was_received_before_goes_first(hand):
     hand.tunnel.start(b"early", b"hello")
     assert receive(hand.backend, 5) + receive(hand.client, 5) == b"earlyhello"
     assert hand.pumps.names == []
+
+
+def test_much_that_was_received_before_is_worth_a_pump(hand):
+    hand.tunnel.start(up_first=bytes(tunnel_module.TURN))
+    assert hand.pumps.names == ["conn-1-up"]
+    assert receive(hand.backend, tunnel_module.TURN) == bytes(tunnel_module.TURN)
+    assert (hand.tunnel.up.resting, hand.tunnel.down.resting, hand.tunnel.deadline) == (False, True, NEVER)
+
+
+def test_without_a_thread_for_what_was_received_before_it_ends_at_its_start(hand):
+    hand.pumps.free = 0
+    hand.tunnel.start(bytes(tunnel_module.TURN), b"hello")
+    assert (hand.ended, hand.tunnel.code, hand.reactor.timed) == (1, "RD", set())
+
+
+def test_a_backend_that_is_lost_before_the_start_leaves_what_it_said(hand):
+    hand.lose("up")
+    hand.tunnel.start(b"early", b"hello")
+    assert (hand.ended, list(hand.reactor.watched)) == (0, [hand.tunnel.down.flow.source.fileno()])
+    assert receive(hand.client, 5) == b"hello"
+    hand.ready("down")
+    assert (hand.ended, hand.tunnel.code) == (1, "SD")
 
 
 # How long it may be silent: the later of any octet either way ------------------------------------------------------
@@ -332,8 +431,8 @@ def test_a_pump_that_breaks_off_ends_the_other_way_and_names_who_broke_it(hand, 
     other = {"up": "down", "down": "up"}[way]
     hand.bring_to(f"pumped/{other_state}" if way == "up" else f"{other_state}/pumped")
     hand.pump_ends(way, end)
-    assert getattr(hand.tunnel, other).flow.source.recv(1) == b"", "a pump that waits there wakes"
     if other_state == "pumped":
+        assert getattr(hand.tunnel, other).flow.source.recv(1) == b"", "a pump that waits there wakes"
         assert hand.ended == 0
         hand.pump_ends(other, End.SINK_LOST)
     assert (hand.ended, hand.tunnel.code) == (1, code)
@@ -355,10 +454,49 @@ def test_a_sink_that_is_lost_leaves_what_it_sent_before_to_be_delivered(hand, wa
     assert (hand.ended, hand.tunnel.code) == (1, code)
 
 
+@pytest.mark.parametrize("heard_by", ["data", "end"])
+@pytest.mark.parametrize(("way", "code"), [("up", "SD"), ("down", "CD")])
+def test_a_reset_that_is_heard_of_in_sending_is_passed_on_as_one(hand, way, code, heard_by):
+    """The kernel tells of it once; who receives after that meets an end that looks like any other."""
+    other = {"up": "down", "down": "up"}[way]
+    hand.start()
+    hand.say(other, 100)
+    hand.lose(way)
+    if heard_by == "data":
+        hand.say(way, 1)
+    else:
+        hand.source_peer(way).shutdown(socket.SHUT_WR)
+        hand.ready(way)
+    assert hand.ended == 0
+    hand.ready(other)
+    assert (hand.ended, hand.tunnel.code) == (1, code)
+    with pytest.raises(ConnectionResetError):
+        receive_all(hand.source_peer(way))
+
+
+def test_an_answer_that_is_complete_stays_so_when_its_server_hears_no_more(hand):
+    """It closes with octets unread, behind its answer and its end: what comes for it later is answered by a reset."""
+    hand.start()
+    hand.say("up", 1)
+    hand.backend.sendall(b"answer")
+    hand.backend.shutdown(socket.SHUT_WR)
+    source = hand.tunnel.down.flow.source
+    eventually(lambda: len(peek(source, 6)) == 6, "the answer")
+    hand.backend.close()
+    poll = select.poll()
+    poll.register(source, 0)
+    assert poll.poll(PATIENCE * 1000), "the reset"
+    hand.say("up", 1)
+    assert (hand.tunnel.up.ended, hand.ended) == (True, 0)
+    hand.ready("down", 6)
+    hand.ready("down")
+    assert receive_all(hand.client) == b"answer"
+    assert (hand.ended, hand.tunnel.code) == (1, "SD")
+
+
 def test_a_reset_seen_at_rest_ends_the_other_way(hand):
     hand.start()
-    hand.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    hand.client.close()
+    reset(hand.client)
     hand.ready("up")
     assert (hand.ended, hand.tunnel.code, hand.reactor.watched) == (1, "CD", {})
 
@@ -586,6 +724,62 @@ def test_a_sink_that_makes_it_wait_loses_nothing(run):
     assert (tunnel.code, tunnel.up.flow.octets) == ("--", len(data))
 
 
+def test_turns_and_pumps_that_relieve_each_other_lose_nothing(run):
+    client, backend, tunnel = run.tunnel()
+    chance = random.Random(3)
+    told = {"up": 0, "down": 0}
+    for _ in range(30):
+        way, source, sink = chance.choice([("up", client, backend), ("down", backend, client)])
+        data = chance.randbytes(chance.choice([1, 1000, tunnel_module.TURN, 5 * tunnel_module.TURN]))
+        thread = threading.Thread(target=source.sendall, args=(data,), name="send")
+        thread.start()
+        assert receive(sink, len(data)) == data
+        thread.join()
+        told[way] += len(data)
+        if chance.random() < 0.5:
+            eventually(lambda: tunnel.up.resting and tunnel.down.resting, "a tunnel that rests")
+    for sock in (client, backend):
+        sock.close()
+    run.wait_for(tunnel)
+    assert {"up": tunnel.up.flow.octets, "down": tunnel.down.flow.octets} == told
+
+
+def test_a_dialogue_goes_on_beside_a_stream(run):
+    client, backend, stream = run.tunnel()
+    stop = threading.Event()
+
+    def send() -> None:
+        while not stop.is_set():
+            client.sendall(bytes(10_000))
+        client.shutdown(socket.SHUT_WR)
+
+    threads = [
+        threading.Thread(target=send, name="send"),
+        threading.Thread(target=drain, args=(backend,), name="receive"),
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        one, other, dialogue = run.tunnel()
+        for _ in range(50):
+            for source, sink in ((one, other), (other, one)):
+                source.sendall(b"x")
+                assert receive(sink, 1) == b"x"
+        assert dialogue.up.resting
+        assert dialogue.down.resting
+        assert stream not in run.ended
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def drain(sock: socket.socket) -> None:
+    """Receive to the end, and forget it."""
+    while sock.recv(65536):
+        continue
+
+
 def test_a_tunnel_that_is_silent_both_ways_for_too_long_is_cut(run):
     client, backend, tunnel = run.tunnel(idle=0.1)
     assert receive_all(client) == receive_all(backend) == b""
@@ -623,8 +817,7 @@ def test_a_reset_is_passed_on_as_a_reset(run, monkeypatch, who, code, pumped):
     culprit, other = (client, backend) if who == "client" else (backend, client)
     if pumped:
         pump(tunnel, client, backend)
-    culprit.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    culprit.close()
+    reset(culprit)
     with pytest.raises(ConnectionResetError):
         other.recv(1)
     run.wait_for(tunnel)
