@@ -45,7 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         return fail(str(error), 1)
     print(f"lb: listening on {balancer.url}")
-    print(f"lb: {len(config.servers)} backends, {config.algorithm}, log {config.log.file or 'off'}", flush=True)
+    backends = "1 backend" if len(config.servers) == 1 else f"{len(config.servers)} backends"
+    print(f"lb: {backends}, {config.algorithm}, log {config.log.file or 'off'}", flush=True)
     # A request makes no cycles, but the young objects of thousands would be searched for some: 5% of the time.
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)
@@ -60,7 +61,7 @@ def stop(balancer: LoadBalancer, signals: Signals, patience: float) -> None:
     signals.wait(patience)
     cut = balancer.close()
     if cut:
-        print(f"lb: stopped, {cut} connections cut", file=sys.stderr)
+        print(f"lb: stopped, {cut} connection{'s' if cut > 1 else ''} cut", file=sys.stderr)
 
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
