@@ -273,7 +273,9 @@ class HttpSession:
         """A bug: this exchange is lost, and nothing else is."""
         if self._state is CLOSED:
             return
-        if self._state in (SEEKING, WAITING) and not self._octets_out:
+        if self._tunnel is not None:
+            self._tunnel.kill()
+        elif self._state in (SEEKING, WAITING) and not self._octets_out:
             self._fail(500, "IH", "an error within the balancer")
         else:
             self._cut("I")

@@ -17,7 +17,6 @@ import enum
 import errno
 import fcntl
 import os
-import queue
 import socket
 import struct
 import threading
@@ -66,6 +65,20 @@ class Flow:
         self.problem = ""
 
 
+Order = tuple[str, Callable[[], None]]  # the name for the thread, and the work
+
+
+class _Post:
+    """Where one thread waits for its next order. (A timeout of SimpleQueue.get may never end, up to Python 3.12.)"""
+
+    __slots__ = ("bell", "order")
+
+    def __init__(self) -> None:
+        self.bell = threading.Lock()  # released by whoever has an order, or the last word, for the thread
+        self.bell.acquire()
+        self.order: Order | None = None
+
+
 class Pumps:
     """Threads that are kept for the next piece of work, `idle_seconds` long. At most `limit` at once.
 
@@ -78,17 +91,16 @@ class Pumps:
         idle_seconds: float = IDLE_SECONDS,
         on_error: Callable[[str, Exception], None] | None = None,
     ) -> None:
-        self._lock = threading.Lock()  # guards `_stopped`, `_waiting` and `_threads`, and what is promised to them
-        self._orders: queue.SimpleQueue[tuple[str, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards `_stopped`, `_waiting` and `_threads`
         self._stopped = False
-        self._waiting = 0  # threads that wait and are not spoken for
+        self._waiting: list[_Post] = []  # the newest last, and called first: the others may reach the end of their time
         self._threads: set[threading.Thread] = set()
         self._limit = limit
         self._on_error = on_error
         self.idle_seconds = idle_seconds
 
     def __repr__(self) -> str:
-        return f"<Pumps {len(self._threads)} threads, {self._waiting} waiting>"
+        return f"<Pumps {len(self._threads)} threads, {len(self._waiting)} waiting>"
 
     @property
     def threads(self) -> int:
@@ -98,8 +110,9 @@ class Pumps:
         """Run this on a thread called `name`. Raises RuntimeError when no thread can be had."""
         with self._lock:
             if self._waiting:
-                self._waiting -= 1
-                self._orders.put((name, work))
+                post = self._waiting.pop()
+                post.order = (name, work)
+                post.bell.release()
                 return
             if self._stopped or len(self._threads) >= self._limit:
                 raise RuntimeError(f"no pump thread for {name}: {'stopped' if self._stopped else 'all are busy'}")
@@ -111,15 +124,15 @@ class Pumps:
         """Wait for the work in hand, which somebody must have ended, and for every thread."""
         with self._lock:
             self._stopped = True
-            self._waiting = 0
+            while self._waiting:
+                self._waiting.pop().bell.release()
             threads = list(self._threads)
-            for _ in threads:
-                self._orders.put(None)
         for thread in threads:
             thread.join()
 
     def _serve(self, name: str, work: Callable[[], None]) -> None:
         this = threading.current_thread()
+        post = _Post()
         try:
             while True:
                 this.name = name
@@ -130,7 +143,7 @@ class Pumps:
                         raise
                     self._on_error(f"pump {name}", error)
                 this.name = "pump-waiting"
-                order = self._next_order()
+                order = self._next_order(post)
                 if order is None:
                     return
                 name, work = order
@@ -139,20 +152,20 @@ class Pumps:
             with self._lock:
                 self._threads.discard(this)
 
-    def _next_order(self) -> tuple[str, Callable[[], None]] | None:
+    def _next_order(self, post: _Post) -> Order | None:
         """The next piece of work, or None when it is time to go."""
+        post.order = None
         with self._lock:
-            if not self._stopped:
-                self._waiting += 1
-        while True:
-            try:
-                return self._orders.get(timeout=self.idle_seconds)
-            except queue.Empty:
-                with self._lock:
-                    if self._waiting:
-                        self._waiting -= 1
-                        return None
-                # Every waiting thread is spoken for: an order is on its way to this one.
+            if self._stopped:
+                return None
+            self._waiting.append(post)
+        if not post.bell.acquire(timeout=self.idle_seconds):
+            with self._lock:
+                if post in self._waiting:
+                    self._waiting.remove(post)
+                    return None
+            post.bell.acquire()  # it was called at the last moment
+        return post.order
 
 
 def wait_at_most(source: socket.socket, sink: socket.socket, silence: float, stuck: float) -> None:
