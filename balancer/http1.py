@@ -100,7 +100,7 @@ class HeadLimits:
 class Request:
     """A request's head, and what a backend is sent for it. Never changed after it was made."""
 
-    __slots__ = ("expect", "head", "idempotent", "length", "line", "method", "minor", "persistent", "upgrade")
+    __slots__ = ("expect", "head", "idempotent", "length", "line", "method", "minor", "persistent", "plain", "upgrade")
 
     method: bytes
     line: bytes  # the request line as it came, for the log
@@ -111,6 +111,7 @@ class Request:
     expect: bool  # waits for 100 (Continue)
     upgrade: bool  # asks for a protocol that may begin after a 101
     idempotent: bool
+    plain: bool  # may its answer be passed on as it is, head and body?
 
 
 class _RequestFields:
@@ -264,6 +265,7 @@ class RequestReader:
         request.head = b"".join((method, b" ", target, tail))
         request.length = fields.length
         request.idempotent = method in IDEMPOTENT
+        request.plain = minor == 1 and method != b"HEAD"
         request.expect = fields.expect and minor == 1
         request.upgrade = fields.upgrade and minor == 1
         request.persistent = not fields.close and (minor == 1 or fields.keep_alive)
@@ -344,7 +346,7 @@ class Answer:
     fields: bytes  # the fields for the client, from the CRLF before the first to the CRLF after the last
     length: int  # octets of the body, CHUNKED or UNTIL_CLOSE; what HEAD, 204 and 304 say of it is in here too
     dated: bool
-    plain: bytes  # the whole head, where length is a number and the client's connection stays; else empty
+    plain: bytes  # the whole head for a client whose connection stays; empty where that takes more thought
     closing: bytes  # the same where the client's connection does not stay
     reusable: bool  # may the backend's connection be used again?
 
@@ -395,7 +397,7 @@ class AnswerReader:
             self._parse_fields(answer, head[line_end:-2], modern=minor_digit != b"0")
         except HttpError as error:
             raise BadAnswer(f"in the backend's answer: {error.reason}") from None
-        if answer.length >= 0 and answer.dated:
+        if answer.length >= 0 and answer.dated and answer.status not in (204, 304):
             head = b"%b%bContent-Length: %d\r\n" % (answer.line, answer.fields, answer.length)
             answer.plain = head + b"\r\n"
             answer.closing = head + b"Connection: close\r\n\r\n"

@@ -298,7 +298,7 @@ class HttpSession:
             self.deadline = self._began + self._front.timeouts.request_head
             return
         request, length = found
-        rest = self._buffer[length:]
+        rest = self._buffer[length:]  # which is empty for nearly all, and costs nothing then
         self._request = request
         self._persistent = request.persistent and not self._front.draining
         self._state = SEEKING
@@ -307,8 +307,8 @@ class HttpSession:
             self._buffer = rest
         elif not self._begin_body(request, rest):
             return
-        self.tried = []
-        self.refusal = NONE_AVAILABLE
+        if self.tried:
+            self.tried = []
         upstream = self._front.upstreams.obtain(self)
         if upstream is not None:
             self.connected(upstream)
@@ -351,7 +351,8 @@ class HttpSession:
             # Once octets of it have left it may not be sent again, so look before.
             self._front.upstreams.renew(self, upstream)
             return
-        self._connected_after = reactor.now - self._began
+        now = reactor.now
+        self._connected_after = now - self._began
         data = request.head + self._up_first if self._up_first else request.head
         try:
             sent = upstream.sock.send(data, DONTWAIT)
@@ -363,9 +364,9 @@ class HttpSession:
             return
         self._state = WAITING
         if self._up_body is not None and not self._waits_for_continue:
-            self.deadline = reactor.now + self._front.timeouts.client
+            self.deadline = now + self._front.timeouts.client
         else:
-            self.deadline = reactor.now + self._front.timeouts.server
+            self.deadline = now + self._front.timeouts.server
         if sent < len(data):
             self._pump_up(data[sent:])
         elif not self._reading and self._up_body is not None:
@@ -487,9 +488,11 @@ class HttpSession:
         upstream, request = self._upstream, self._request
         assert upstream is not None
         assert request is not None
-        buffer = self._answer_buffer + data if self._answer_buffer else data
+        buffer = self._answer_buffer
+        seen = len(buffer)
+        buffer = buffer + data if seen else data
         try:
-            found = upstream.backend.answers.read(buffer, len(self._answer_buffer))
+            found = upstream.backend.answers.read(buffer, seen)
             while found is not None and found[0].status < 200:
                 answer, length = found
                 if answer.status == 101:
@@ -505,13 +508,20 @@ class HttpSession:
         if found is None:
             self._answer_buffer = buffer
             return
-        self._answer_buffer = b""
         answer, length = found
         self._answer = answer
         self._status = answer.status
-        self._answered_after = self._reactor.now - self._began
-        upstream.backend.answered_in(self._answered_after - self._connected_after, self._reactor.now)
-        if len(buffer) - length == answer.length and self._is_plain(answer, request):
+        now = self._reactor.now
+        self._answered_after = after = now - self._began
+        upstream.backend.answered_in(after - self._connected_after, now)
+        if (
+            len(buffer) - length == answer.length
+            and answer.plain
+            and request.plain
+            and self._up_body is None
+            and self._up_pump is None
+            and not self._up_failed
+        ):
             # The common case: all of it is here, and its head needs no thought.
             out = (answer.plain if self._persistent else answer.closing) + buffer[length:]
             try:
@@ -523,26 +533,15 @@ class HttpSession:
                 return
             self._octets_out = answer.length
             if sent == len(out):
-                self._finish_exchange()
+                self._complete(upstream, answer.reusable)
             else:
                 self._state = ANSWERING
                 self._down_body = LengthBody(0)
                 self._down_encode = as_is
                 self._pump_down(out[sent:], b"")
             return
+        self._answer_buffer = b""
         self._begin_answer(answer, request, buffer[length:])
-
-    def _is_plain(self, answer: Answer, request: Request) -> bool:
-        """May `answer.plain` or `answer.closing` and the whole body be sent as they are?"""
-        return (
-            answer.plain != b""
-            and self._up_body is None
-            and self._up_pump is None
-            and not self._up_failed
-            and request.minor == 1
-            and request.method != b"HEAD"
-            and answer.status not in (204, 304)
-        )
 
     def _begin_answer(self, answer: Answer, request: Request, rest: bytes) -> None:
         """The general case: work out both framings, send the head, and begin with the body."""
@@ -717,18 +716,22 @@ class HttpSession:
         assert upstream is not None
         assert answer is not None
         whole = self._up_body is None and not self._up_failed
-        self._log()
-        self._upstream = None
         # Octets behind the answer, or a body that only a close could end, leave nothing to be used again.
         clean = body is None or (body.done and not body.rest and not isinstance(body, CloseBody))
-        if answer.reusable and whole and clean:
+        self._complete(upstream, answer.reusable and whole and clean)
+
+    def _complete(self, upstream: Upstream, reusable: bool) -> None:
+        """Both messages are through: log, give the backend's connection back, and turn to what comes next."""
+        self._log()
+        self._upstream = None
+        if reusable:
             self._front.upstreams.keep(upstream)
         else:
             self._front.upstreams.discard(upstream)
         if self._persistent:
             self._rest()
         else:
-            self._go_on(hasty=whole and not self._buffer)
+            self._go_on(hasty=self._up_body is None and not self._up_failed and not self._buffer)
 
     def _fail(self, status: int, code: str, reason: str) -> None:
         """Answer the request ourselves, or, if an answer has begun, cut it."""

@@ -6,6 +6,8 @@ something happen, and counts which requests failed. tests/test_faults.py asserts
 
 from __future__ import annotations
 
+import gc
+import http.client
 import itertools
 import re
 import signal
@@ -13,24 +15,35 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from client import Settings, Stats, play  # noqa: E402 - both directories have to be on the path first
-from conftest import PATIENCE, eventually  # noqa: E402
-from programs import LB, Program, free_ports, write_settings  # noqa: E402
+from backend_server import serving  # noqa: E402 - both directories have to be on the path first
+from balancer import upstream  # noqa: E402
+from balancer.balancer import LoadBalancer  # noqa: E402
+from balancer.http_session import HttpSession  # noqa: E402
+from balancer.pump import Flow  # noqa: E402
+from balancer.tunnel import Tunnel  # noqa: E402
+from balancing import running  # noqa: E402
+from client import Settings, Stats, percentile, play  # noqa: E402
+from conftest import PATIENCE, descriptors, eventually, threads  # noqa: E402
+from mixture import Caller, unruly  # noqa: E402
+from programs import LB, Program, free_ports, resident_kb, started, write_settings  # noqa: E402
 
 CLIENTS = 16
 PIECE = 300  # requests between two events
 QUICK_PROBES = {"path": "/health", "interval": 0.2, "timeout": 0.5}
 BACKEND = ROOT / "backend_server.py"
+SLOW_CLIENTS = ROOT / "tests" / "slow_clients.py"
 
 
 class Stand:
@@ -81,12 +94,21 @@ class Stand:
     def thaw(self, place: int) -> None:
         self.backends[place].process.send_signal(signal.SIGCONT)
 
-    def log(self) -> str:
-        return (self.directory / "load_balancer.log").read_text()
+    def tell(self, place: int, state: str) -> None:
+        """Have its /health say so: `ok` or `fail`."""
+        with closing(http.client.HTTPConnection("127.0.0.1", self.ports[place], timeout=PATIENCE)) as connection:
+            connection.request("POST", f"/health/{state}")
+            connection.getresponse().read()
 
-    def codes(self) -> Counter[str]:
+    def log(self, since: int = 0) -> str:
+        """What it has from that octet on."""
+        with (self.directory / "load_balancer.log").open() as file:
+            file.seek(since)
+            return file.read()
+
+    def codes(self, since: int = 0) -> Counter[str]:
         """Termination codes in the log, of those requests that did not end well."""
-        return Counter(re.findall(r"code=([A-Za-z-]{2})", self.log())) - Counter({"--": 10**9})
+        return Counter(re.findall(r"code=([A-Za-z-]{2})", self.log(since))) - Counter({"--": 10**9})
 
     def count(self, place: int, state: str) -> int:
         return len(re.findall(rf"backend {place + 1} \S+ {state}:", self.log()))
@@ -170,8 +192,6 @@ def row(name: str, load: Load, stand: Stand, note: str = "") -> Row:
     return Row(name, stats.requests, stats.failed, stats.errors, stand.codes(), note)
 
 
-
-
 def killed(directory: Path, **load_settings: Any) -> Row:
     """kill -9 of a backend, and its restart."""
     with Stand(directory) as stand, Load(stand.port, **load_settings) as load:
@@ -220,6 +240,40 @@ def frozen(directory: Path) -> Row:
         eventually(lambda: not stand.is_down(1), "the thawed one is up")
         load.more(PIECE)
     return row("SIGSTOP of a backend, GET", load, stand)
+
+
+def frozen_posts(directory: Path) -> Row:
+    """What the frozen backend holds may not go to another, and is told when the probes know: 504 with DH."""
+    half = CLIENTS // 2
+    with (
+        Stand(directory) as stand,
+        Load(stand.port, half) as gets,
+        Load(stand.port, half, method="POST", path="/echo", body_size=100) as posts,
+    ):
+        posts.more(PIECE)
+        stand.freeze(1)
+        eventually(lambda: stand.is_down(1), "the frozen one is down")
+        posts.more(PIECE)
+        stand.thaw(1)
+        eventually(lambda: not stand.is_down(1), "the thawed one is up")
+        posts.more(PIECE)
+    return row("SIGSTOP of a backend, POST", posts, stand, f"{gets.failed} of {gets.done} GETs beside them failed")
+
+
+def unwell(directory: Path) -> Row:
+    """A backend whose /health says 503 gets nothing more, and what it has in hand is not disturbed."""
+    with (
+        Stand(directory) as stand,
+        Load(stand.port, method="POST", path="/slow/0.02", body_size=100) as load,
+    ):
+        load.more(PIECE)
+        stand.tell(1, "fail")
+        eventually(lambda: stand.is_down(1), "the unwell one is down")
+        load.more(PIECE)
+        stand.tell(1, "ok")
+        eventually(lambda: not stand.is_down(1), "it is up again")
+        load.more(PIECE)
+    return row("503 from /health, POST", load, stand)
 
 
 def all_away(directory: Path) -> Row:
@@ -315,12 +369,139 @@ def short_of_descriptors(directory: Path) -> Row:
     return row("descriptors exhausted, and back", load, stand, "503 with RC while they are short")
 
 
+def slowloris(directory: Path, heads: int = 2000, readers: int = 200, rounds: int = 5) -> Row:
+    """What those who take their time cost the others: the p99 of well-behaved clients with and without them."""
+    alone, beside, most_threads, most_kb = [], [], 0, 0
+    with Stand(directory, timeouts={"request_head": 2, "client": 1}) as stand:
+        pid = stand.balancer.pid
+        for _ in range(rounds):
+            alone.append(sample(stand))
+            with beset(stand, heads, readers):
+                beside.append(sample(stand))
+                most_threads = max(most_threads, len(list(Path(f"/proc/{pid}/task").iterdir())))
+                most_kb = max(most_kb, resident_kb(pid))
+        codes = stand.codes()
+    with_them, without = (median(p99_ms(stats) for stats in samples) for samples in (beside, alone))
+    note = (
+        f"p99 {with_them:.1f} ms beside them, {without:.1f} ms without: ratio {with_them / without:.2f}; "
+        f"cut: {codes['cR']} heads, {codes['cD']} readers; {most_threads} threads, {most_kb // 1024} MB"
+    )
+    total = Stats.merged([*alone, *beside])
+    return Row(f"{heads} slow heads, {readers} slow readers", total.requests, total.failed, total.errors, codes, note)
+
+
+def sample(stand: Stand) -> Stats:
+    """Requests enough for a p99, and for each of the slow ones to be cut once meanwhile."""
+    with Load(stand.port) as load:
+        load.more(6000)
+    return load.stats
+
+
+def p99_ms(stats: Stats) -> float:
+    found = percentile(sorted(stats.latencies), 99)
+    assert found is not None
+    return 1000 * found
+
+
+@contextmanager
+def beset(stand: Stand, heads: int, readers: int) -> Iterator[None]:
+    """So many slow clients, a process of their own, from the time when the first of them were cut."""
+    descriptors_before = open_descriptors(stand.balancer.pid)
+    log_before = len(stand.log())
+    with started(SLOW_CLIENTS, stand.port, heads, readers, directory=stand.directory):
+        eventually(lambda: {"cR", "cD"} <= set(stand.codes(log_before)), "both kinds are being cut")
+        yield
+    eventually(lambda: open_descriptors(stand.balancer.pid) <= descriptors_before, "the slow ones have gone")
+
+
+def open_descriptors(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def leaks(directory: Path, requests: int = 20_000) -> Row:
+    """Requests of every kind, all at once; then everything is where it was."""
+    callers: list[Caller] = []
+    with unruly_stand(directory) as balancer:
+        address = (balancer.host, balancer.port)
+        Caller(address).play(1, 0)
+        settled = Belongings(balancer)
+        callers = [Caller(address) for _ in range(CLIENTS)]
+        players = [
+            threading.Thread(target=caller.play, args=(requests // CLIENTS, seed), name=f"caller-{seed}")
+            for seed, caller in enumerate(callers)
+        ]
+        for player in players:
+            player.start()
+        for player in players:
+            player.join()
+        left = settled.wait()
+    wrong = sum((caller.wrong for caller in callers), Counter[str]())
+    turns = sum(caller.turns for caller in callers)
+    return Row("requests of every kind", turns, wrong.total(), wrong, Counter(), left or "nothing left behind")
+
+
+@contextmanager
+def unruly_stand(directory: Path) -> Iterator[LoadBalancer]:
+    """A balancer in this process that keeps nothing idle for long, before three backends of `mixture`."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(upstream, "KEEP_IDLE", 0.3))
+        backends = [stack.enter_context(serving(unruly(name))) for name in "123"]
+        addresses = [("127.0.0.1", backend.port) for backend in backends]
+        balancer = stack.enter_context(running(directory, addresses, health_check={"type": "tcp", "interval": 1000}))
+        balancer.pumps.idle_seconds = 0.1
+        eventually(lambda: all(backend.probed for backend in balancer.pool.backends), "the first probes")
+        yield balancer
+
+
+class Belongings:
+    """What a balancer at rest has, and what it has more than that later."""
+
+    def __init__(self, balancer: LoadBalancer) -> None:
+        self._balancer = balancer
+        eventually(lambda: not self._busy(), "it is at rest")
+        self._before = {**descriptors(), **threads()}
+
+    def wait(self) -> str:
+        """Give it time to come to rest. What it has left then, in words; empty for nothing."""
+        try:
+            eventually(lambda: not self._left())
+        except AssertionError:
+            return "; ".join(self._left())
+        return ""
+
+    def _left(self) -> list[str]:
+        """Threads and descriptors that came, then what `_busy` tells, then what is still in memory."""
+        more = [what for key, what in {**descriptors(), **threads()}.items() if key not in self._before]
+        return more or self._busy() or self._in_memory()
+
+    def _busy(self) -> list[str]:
+        balancer = self._balancer
+        counts = {
+            "sessions": len(balancer.listener.sessions),
+            "active": sum(backend.active for backend in balancer.pool.backends),
+            "idle connections": balancer.upstreams.idle,
+            "waiting": balancer.upstreams.waiting,
+            "pumps": balancer.pumps.threads,
+            "with a deadline": len(balancer.reactor.timed) - 1,  # the listener
+        }
+        return [f"{count} {what}" for what, count in counts.items() if count]
+
+    def _in_memory(self) -> list[str]:
+        self._balancer.reactor.wake()  # its loop still holds whom it called last
+        gc.collect()
+        kinds = (HttpSession, Flow, Tunnel, upstream.Upstream, upstream.Attempt)
+        found = Counter(type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, kinds))
+        return [f"{count} {kind} in memory" for kind, count in found.items()]
+
+
 SCENARIOS: tuple[Callable[[Path], Row], ...] = (
     killed,
     killed_new_connections,
     killed_posts,
     rolling_restart,
     frozen,
+    frozen_posts,
+    unwell,
     all_away,
     all_away_patience,
     stopped,
@@ -329,6 +510,8 @@ SCENARIOS: tuple[Callable[[Path], Row], ...] = (
     overloaded_for_long,
     capped,
     short_of_descriptors,
+    slowloris,
+    leaks,
 )
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import queue
+import re
+import select
 import socket
 import threading
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 import faults
+from backend_server import Backend, serving
+from balancer.balancer import LoadBalancer
 from balancing import connect, log_lines, running
 from conftest import PATIENCE, eventually
-from fakes import Connection, FakeBackend, read_response
+from fakes import Connection, FakeBackend, read_lines, read_response
+from slow_clients import SlowClients
 
 GET = b"GET / HTTP/1.1\r\nHost: lb.test\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: lb.test\r\nContent-Length: 4\r\n\r\nbody"
@@ -317,3 +325,208 @@ def test_an_exchange_without_a_thread_for_its_body_is_refused_and_the_rest_goes_
         other.sendall(GET)
         assert read_response(other).status == 200
         eventually(lambda: [backend.active for backend in balancer.pool.backends] == [0])
+
+
+# Slow clients -----------------------------------------------------------------------------------------------------
+
+
+def test_clients_that_take_their_time_are_cut_and_the_others_are_served(tmp_path):
+    """Slowloris, both ways: a head that never ends, an answer that is not taken."""
+    with (
+        serving(Backend()) as backend,
+        running(
+            tmp_path,
+            [("127.0.0.1", backend.port)],
+            timeouts={"request_head": 0.3, "client": 0.2},
+            health_check={"type": "tcp", "interval": 1000},
+        ) as balancer,
+        SlowClients(balancer.port, heads=50, readers=10, interval=0.05, again=False) as slow,
+        faults.Load(balancer.port, clients=2) as others,
+    ):
+        eventually(lambda: slow.seen["408"] == 50, "every head is told")
+        eventually(lambda: codes(tmp_path)["cD"] == 10, "every reader is cut")
+        others.more(100)
+        eventually(lambda: balancer.pool.backends[0].active <= 2, "what the readers held is free again")
+    assert others.failed == 0
+    assert set(slow.seen) == {"408"}
+    assert codes(tmp_path) == {"cR": 50, "cD": 10}
+
+
+def codes(tmp_path: Path) -> Counter[str]:
+    """Termination codes of those exchanges that did not end well."""
+    found = Counter(line.partition("code=")[2][:2] for line in log_lines(tmp_path) if " code=" in line)
+    del found["--"]
+    return found
+
+
+@pytest.mark.soak
+@pytest.mark.program
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads /proc")
+def test_2200_slow_clients_do_not_double_the_p99_of_the_others(tmp_path):
+    row = faults.slowloris(tmp_path)
+    assert (row.failed, row.errors) == (0, Counter())
+    assert set(row.codes) <= {"cR", "cD", "CR", "CD"}, "C: hung up on, at the end of each round"
+    assert row.codes["cR"] > 2000
+    assert row.codes["cD"] > 200
+    ratio = re.search(r"ratio ([\d.]+)", row.note)
+    assert ratio
+    assert float(ratio[1]) <= 2, row.note
+
+
+# What is left ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("requests", [2000, pytest.param(20_000, marks=pytest.mark.soak)])
+def test_requests_of_every_kind_leave_nothing_behind(requests, tmp_path):
+    """Neither a descriptor nor a thread, a lease, a connection, a session, or an object of theirs."""
+    row = faults.leaks(tmp_path, requests)
+    assert (row.requests, row.failed, row.errors, row.note) == (requests, 0, Counter(), "nothing left behind")
+    assert not [line for line in log_lines(tmp_path) if "bug in" in line or "code=I" in line]
+
+
+# The cap on connections -------------------------------------------------------------------------------------------
+
+
+def test_beyond_the_cap_clients_wait_in_the_backlog_until_one_leaves(tmp_path):
+    """Kept-alive clients hold their places, and are served all the while; each that leaves makes room for one."""
+    with (
+        FakeBackend(OK) as backend,
+        running(
+            tmp_path,
+            [(backend.host, backend.port)],
+            limits={"connections": 4},
+            health_check={"type": "tcp", "interval": 1000},
+        ) as balancer,
+        ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(connect(balancer)) for _ in range(10)]
+        for client in clients:
+            client.sendall(GET)
+        waiting = deque(clients[4:])
+        inside = deque(clients[:4])
+        for client in inside:
+            assert read_response(client).status == 200
+        while waiting:
+            for client in inside:
+                client.sendall(GET)
+                assert read_response(client).status == 200
+            assert len(balancer.listener.sessions) == 4
+            assert not select.select(waiting, [], [], 0)[0], "nobody beyond the cap was told anything"
+            inside.popleft().close()
+            inside.append(waiting.popleft())
+            assert read_response(inside[-1]).status == 200
+    assert sum(" 200 " in line for line in log_lines(tmp_path)) == 10 + 6 * 4
+
+
+# A backend that is taken out while it has work in hand -------------------------------------------------------------
+
+
+@pytest.mark.program
+def test_posts_that_a_frozen_backend_holds_are_told_and_no_get_fails(tmp_path):
+    """RFC 9110 section 9.2.2: they may have been carried out, so they go to no other."""
+    row = faults.frozen_posts(tmp_path)
+    assert 0 < row.failed <= faults.CLIENTS
+    assert set(row.errors) == {"status 504"}
+    assert row.codes == {"DH": row.failed}
+    assert row.note.startswith("0 of ")
+
+
+@pytest.mark.program
+def test_a_backend_that_calls_itself_unwell_finishes_what_it_has_in_hand(tmp_path):
+    row = faults.unwell(tmp_path)
+    assert row.requests > 0
+    assert (row.failed, row.errors, row.codes) == (0, Counter(), Counter())
+
+
+LONG_POST = b"POST / HTTP/1.1\r\nHost: lb.test\r\nContent-Length: 100000000\r\n\r\n"
+PUT = POST.replace(b"POST", b"PUT")
+BEFORE_ITS_HEAD = [(GET, "other"), (PUT, "other"), (POST, 504), (LONG_POST, 504)]
+
+
+@pytest.mark.parametrize(("octets", "outcome"), BEFORE_ITS_HEAD, ids=["GET", "PUT", "POST", "long POST"])
+def test_a_backend_that_hangs_loses_what_it_has_not_answered(octets, outcome, tmp_path):
+    """What changes nothing by being repeated goes to another (RFC 9110 section 9.2.2); the rest is told."""
+    with held(tmp_path) as (balancer, client, hung):
+        client.sendall(octets)
+        wait_for(hung)
+        if octets is LONG_POST:
+            client.sendall(bytes(2_000_000))
+            eventually(lambda: balancer.pumps.threads == 1, "a pump")
+        take_out(balancer, "L7TOUT")
+        answer = read_response(client)
+        if outcome == "other":
+            assert (answer.status, answer.body) == (200, b"ok")
+        else:
+            assert (answer.status, b"code: DH" in answer.body) == (504, True)
+        eventually(lambda: not any(backend.active for backend in balancer.pool.backends), "every lease given back")
+    assert codes(tmp_path) == ({} if outcome == "other" else {"DH": 1})
+
+
+@pytest.mark.parametrize("check", ["L7TOUT", "L7STS 503", "L4CON refused"])
+def test_an_answer_that_has_begun_goes_on_whatever_the_probes_say(check, tmp_path):
+    with held(tmp_path) as (balancer, client, hung), client.makefile("rb") as file:
+        client.sendall(GET)
+        connection = wait_for(hung)
+        connection.send(PART)
+        assert read_lines(file).startswith(b"HTTP/1.1 200 ")
+        take_out(balancer, check)
+        connection.send(b" whole")
+        assert file.read(10) == b"half whole"
+        client.sendall(GET)
+        assert read_response(file).body == b"ok"
+    assert codes(tmp_path) == {}
+
+
+@pytest.mark.parametrize("octets", [GET, POST], ids=["GET", "POST"])
+@pytest.mark.parametrize("check", ["L7STS 503", "L4CON refused"])
+def test_a_backend_that_is_unwell_may_still_answer_what_it_has_in_hand(octets, check, tmp_path):
+    with held(tmp_path) as (balancer, client, hung):
+        client.sendall(octets)
+        connection = wait_for(hung)
+        take_out(balancer, check)
+        connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nlate")
+        assert read_response(client).body == b"late"
+    assert codes(tmp_path) == {}
+
+
+Hung = queue.SimpleQueue[Connection]
+
+
+@contextmanager
+def held(tmp_path: Path) -> Iterator[tuple[LoadBalancer, socket.socket, Hung]]:
+    """A balancer, a client, and the connections on which the first of two backends has a request and says nothing."""
+    hung: Hung = queue.SimpleQueue()
+
+    def hangs(connection: Connection) -> None:
+        if read_lines(connection.file):
+            hung.put(connection)
+            left.wait(PATIENCE)
+
+    left = threading.Event()
+    with (
+        FakeBackend(hangs) as first,
+        FakeBackend(OK) as second,
+        running(
+            tmp_path,
+            [(first.host, first.port), (second.host, second.port)],
+            health_check={"type": "tcp", "interval": 1000},
+        ) as balancer,
+        connect(balancer) as client,
+    ):
+        eventually(lambda: all(backend.probed for backend in balancer.pool.backends), "the first probes")
+        try:
+            yield balancer, client, hung
+        finally:
+            left.set()
+
+
+def wait_for(hung: Hung) -> Connection:
+    return hung.get(timeout=PATIENCE)
+
+
+def take_out(balancer: LoadBalancer, check: str) -> None:
+    """As its probes do when they end like this."""
+    backend = balancer.pool.backends[0]
+    for _ in range(balancer.config.health_check.fall):
+        balancer.pool.report(backend, False, check)
+    assert backend.status == "DOWN"

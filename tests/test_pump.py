@@ -7,7 +7,6 @@ import hashlib
 import http.client
 import io
 import os
-import queue
 import random
 import select
 import socket
@@ -526,25 +525,61 @@ def test_threads_without_work_end_after_a_while():
     pumps.stop()
 
 
-def test_an_order_that_comes_as_its_thread_gives_up_waiting_is_carried_out():
-    """The wait is over and nothing was there; before the thread could say that it goes, it is promised an order."""
-    pumps = Pumps(idle_seconds=PATIENCE)
-    promised, done = threading.Event(), threading.Event()
+def test_an_order_that_comes_as_its_thread_gives_up_waiting_is_carried_out(monkeypatch):
+    """The wait is over and nothing was there; before the thread could say that it goes, it is given an order."""
+    given, done = threading.Event(), threading.Event()
 
-    class Late(queue.SimpleQueue):
-        def get(self, timeout: float) -> object:
-            if not promised.is_set():
-                assert promised.wait(PATIENCE)
-                raise queue.Empty
-            return super().get(timeout=timeout)
+    class LateBell:
+        def __init__(self, bell: threading.Lock) -> None:
+            self.release = bell.release
+            self._bell = bell
 
-    pumps._orders = Late()
+        def acquire(self, timeout: float = -1) -> bool:
+            if timeout == -1:
+                return self._bell.acquire()
+            assert given.wait(PATIENCE)
+            return False
+
+    class Post(pump._Post):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bell = LateBell(self.bell)
+
+    monkeypatch.setattr(pump, "_Post", Post)
+    pumps = Pumps()
     pumps.run("conn-1-up", lambda: None)
     waits(pumps)
     pumps.run("conn-2-up", done.set)
-    promised.set()
+    given.set()
     assert done.wait(PATIENCE)
-    assert pumps.threads == 1
+    pumps.stop()
+
+
+def test_the_thread_that_waited_least_is_called_first():
+    """So that the others end in time, where a turn for each would keep as many as were ever needed."""
+    pumps = Pumps()
+    tasks = [Task() for _ in range(3)]
+    for task in tasks:
+        pumps.run("conn-1-up", task)
+    for number, task in enumerate(tasks, 1):
+        task.finish()
+        eventually(lambda number=number: f"{number} waiting" in repr(pumps), "one more that waits")
+    for _ in range(5):
+        again = Task()
+        pumps.run("conn-2-up", again)
+        again.finish()
+        assert again.thread is tasks[-1].thread
+        waits(pumps)
+    pumps.stop()
+
+
+def test_threads_that_lose_their_work_to_another_still_end_in_time():
+    """A wait that is woken for nothing still has an end. That of SimpleQueue.get may have none, up to Python 3.12."""
+    pumps = Pumps(idle_seconds=0.002)
+    for _ in range(300):
+        for _ in range(3):
+            pumps.run("conn-1-up", lambda: None)
+    eventually(lambda: pumps.threads == 0, "no thread", within=PATIENCE / 2)
     pumps.stop()
 
 
