@@ -55,7 +55,7 @@ class LoadBalancer:
         )
         self._sock = bind(config.host, config.port)
         self.reactor = Reactor(tick=_tick(config), on_error=self._crashed)
-        self.pumps = Pumps()
+        self.pumps = Pumps(on_error=self._crashed)
         self._health = HealthChecker(self.pool, health, on_error=lambda text: self._journal.event("error", text))
         self.upstreams = Upstreams(
             self.reactor,

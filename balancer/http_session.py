@@ -21,7 +21,6 @@ request is in `_up_first`; see `_may_repeat`.
 from __future__ import annotations
 
 import socket
-import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,9 +42,8 @@ from balancer.http1 import (
     interim_head,
     own_answer,
 )
-from balancer.pump import End, Flow, relay_body, wait_at_most
+from balancer.pump import RESET, End, Flow, relay_body
 from balancer.reactor import NEVER, READ, Reactor
-from balancer.tcp_session import tunnel_code
 from balancer.tunnel import Tunnel
 from balancer.upstream import NONE_AVAILABLE, Attempt, Refusal, Upstream
 
@@ -68,7 +66,6 @@ CUT: Final = "cut"  # in the middle of an answer, which must not look complete
 ENDING: Final = "ending"  # over, but for the pumps, which have not reported back yet
 CLOSED: Final = "closed"
 
-_RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 
 
 class HttpSession:
@@ -343,7 +340,6 @@ class HttpSession:
 
     def connected(self, upstream: Upstream) -> None:
         """There is a connection: send the head and what there is of the body."""
-        self._upstream = upstream
         request = self._request
         assert request is not None
         reactor = self._reactor
@@ -351,6 +347,7 @@ class HttpSession:
             # Once octets of it have left it may not be sent again, so look before.
             self._front.upstreams.renew(self, upstream)
             return
+        self._upstream = upstream
         now = reactor.now
         self._connected_after = now - self._began
         data = request.head + self._up_first if self._up_first else request.head
@@ -429,7 +426,7 @@ class HttpSession:
         body = self._up_body or LengthBody(0)
         last = LAST_CHUNK if self._up_body is not None and self._up_encode is as_chunk else b""
         timeouts = self._front.timeouts
-        wait_at_most(flow.source, flow.sink, min(REST_AFTER, timeouts.client), timeouts.server)
+        flow.wait_at_most(min(REST_AFTER, timeouts.client), timeouts.server)
         encode = self._up_encode if self._up_body is not None else as_is
         work = partial(relay_body, flow, body, encode, first, last)
         self._up_pump = flow
@@ -624,7 +621,7 @@ class HttpSession:
         self._reactor.remove(upstream.fd)
         flow = Flow(upstream.sock, self._sock)
         timeouts = self._front.timeouts
-        wait_at_most(flow.source, flow.sink, min(REST_AFTER, timeouts.server), timeouts.client)
+        flow.wait_at_most(min(REST_AFTER, timeouts.server), timeouts.client)
         work = partial(relay_body, flow, body, self._down_encode, first, last)
         self._down_pump = flow
         if not self._run_pump("down", work, self._down_pump_ended):
@@ -781,9 +778,10 @@ class HttpSession:
         self._front.upstreams.cancel(self)
         self._code = who + _PHASES.get(self._state, "D")
         self._persistent = False
-        if self._close_framed:
-            # A close is all that tells this client where the body ends, so it must not look like one.
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        if self._close_framed or who == "c":
+            # A close is all that tells this client where the body ends, so it must not look like one; or the client
+            # takes nothing, and what waits for it would fill the kernel's memory long after we have forgotten it.
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         self._state = CUT
         self._end_exchange()
 
@@ -907,7 +905,7 @@ class HttpSession:
         self._tunnel = None
         self._octets_in = tunnel.up.flow.octets
         self._octets_out = tunnel.down.flow.octets
-        self._code = tunnel_code(tunnel)
+        self._code = tunnel.code
         self._state = CUT
         self._close_exchange()
 

@@ -160,7 +160,7 @@ class Listener:
         assert self.front is not None
         session = self._make_session(self.front, sock, (address[0], address[1]), next(self._numbers))
         self.sessions.add(session)
-        session.start()
+        self._reactor.call(session.start)
         return True
 
     def _tell_if_drained(self) -> None:

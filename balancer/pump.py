@@ -20,13 +20,17 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
+from functools import partial
 
 from balancer.framing import Body, Encoder, FramingError, Truncated, as_is
 
 PIECE = 262144  # octets per call: what a pipe of a splice holds, and what a copy receives at once
 LIMIT = 4096  # pump threads at once
 IDLE_SECONDS = 10.0  # that a pump thread waits for its next piece of work
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
+STEPS = 4  # in which a sink that takes nothing is waited for
 SPLICES = hasattr(os, "splice")
 
 # What splice says of a kind of socket that it cannot read from or write to.
@@ -54,15 +58,25 @@ class Flow:
     then is left out.
     """
 
-    __slots__ = ("copies", "end", "octets", "problem", "sink", "source")
+    __slots__ = ("copies", "end", "octets", "problem", "sink", "source", "stuck")
 
     def __init__(self, source: socket.socket, sink: socket.socket) -> None:
         self.source = source
         self.sink = sink
         self.octets = 0
         self.copies = not SPLICES  # receives and sends, where splice cannot be used
+        self.stuck = float("inf")  # seconds for which the sink may take nothing
         self.end = End.FAILED  # until the pump knows better: no direction is held to be whole by mistake
         self.problem = ""
+
+    def wait_at_most(self, silence: float, stuck: float) -> None:
+        """Bound how long the pump waits for the source and for the sink, in seconds. For the reactor's thread."""
+        self.stuck = stuck
+        try:
+            self.source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(silence))
+            self.sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(stuck / STEPS))
+        except OSError:
+            return  # macOS refuses this for a connection that is dead, and so will the pump's first call
 
 
 Order = tuple[str, Callable[[], None]]  # the name for the thread, and the work
@@ -168,18 +182,9 @@ class Pumps:
         return post.order
 
 
-def wait_at_most(source: socket.socket, sink: socket.socket, silence: float, stuck: float) -> None:
-    """Bound how long a pump waits for the source and for the sink, in seconds; 0 is for ever."""
-    try:
-        source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(silence))
-        sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(stuck))
-    except OSError:
-        return  # macOS refuses this for a connection that is dead, and so will the pump's first call
-
-
 def _timeval(seconds: float) -> bytes:
     whole = int(seconds)
-    return struct.pack("@ll", whole, int((seconds - whole) * 1_000_000))
+    return struct.pack("@ll", whole, max(1, int((seconds - whole) * 1_000_000)))  # 0 would be for ever
 
 
 def relay_body(flow: Flow, body: Body, encode: Encoder, first: bytes = b"", last: bytes = b"") -> None:
@@ -191,7 +196,7 @@ def relay_body(flow: Flow, body: Body, encode: Encoder, first: bytes = b"", last
     flow.end = End.FAILED
     try:
         if first:
-            _send_all(flow.sink, first)
+            _send_all(flow, first)
         while not body.done:
             most = PIECE if body.left is None else min(PIECE, body.left)
             if body.left is not None and encode is as_is:
@@ -203,12 +208,12 @@ def relay_body(flow: Flow, body: Body, encode: Encoder, first: bytes = b"", last
             elif data := _receive(flow.source, most):
                 content = body.feed(data)
                 if content:
-                    _send_all(flow.sink, encode(content))
+                    _send_all(flow, encode(content))
                     flow.octets += len(content)
             else:
                 body.eof()
         if last:
-            _send_all(flow.sink, last)
+            _send_all(flow, last)
         flow.end = End.DONE
     except _Ended as ended:
         flow.end, flow.problem = ended.end, ended.problem
@@ -223,7 +228,7 @@ def relay_stream(flow: Flow, first: bytes = b"") -> None:
     flow.end = End.FAILED
     try:
         if first:
-            _send_all(flow.sink, first)
+            _send_all(flow, first)
             flow.octets += len(first)
         while _move(flow, PIECE):
             pass
@@ -247,17 +252,29 @@ def _receive(source: socket.socket, most: int) -> bytes:
         raise _Ended(End.SOURCE_LOST, error) from None
 
 
-def _send_all(sink: socket.socket, data: bytes) -> None:
-    try:
-        sent = sink.send(data)
-        if sent < len(data):
-            rest = memoryview(data)[sent:]
-            while rest:
-                rest = rest[sink.send(rest) :]
-    except BlockingIOError as error:  # SO_SNDTIMEO
-        raise _Ended(End.SINK_STUCK, error) from None
-    except OSError as error:
-        raise _Ended(End.SINK_LOST, error) from None
+def _send_all(flow: Flow, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[_push(flow, partial(flow.sink.send, rest)) :]
+
+
+def _push(flow: Flow, send: Callable[[], int]) -> int:
+    """Have the sink take something, and return how much that was.
+
+    SO_SNDTIMEO begins anew with each page that is taken within one call, so it is only the step in which time passes;
+    how long the sink has taken nothing is measured here.
+    """
+    begun = time.monotonic()
+    while True:
+        try:
+            return send()
+        except BlockingIOError as error:
+            if time.monotonic() - begun >= flow.stuck:
+                raise _Ended(End.SINK_STUCK, error) from None
+        except OSError as error:
+            if error.errno in _UNSPLICEABLE:
+                raise
+            raise _Ended(End.SINK_LOST, error) from None
 
 
 def half_close(sink: socket.socket) -> bool:
@@ -283,7 +300,7 @@ def _move(flow: Flow, most: int) -> int:
         flow.copies = True
     data = _receive(flow.source, most)
     if data:
-        _send_all(flow.sink, data)
+        _send_all(flow, data)
         flow.octets += len(data)
     return len(data)
 
@@ -302,16 +319,12 @@ def _splice(flow: Flow, pipe: tuple[int, int], most: int) -> int | None:
     sink = flow.sink.fileno()
     try:
         while left:
-            left -= os.splice(outlet, sink, left)
-    except BlockingIOError as error:
-        raise _Ended(End.SINK_STUCK, error) from None
-    except OSError as error:
-        if error.errno not in _UNSPLICEABLE:
-            raise _Ended(End.SINK_LOST, error) from None
-        flow.copies = True
+            left -= _push(flow, partial(os.splice, outlet, sink, left))
+    except OSError:
+        flow.copies = True  # the sink's kind of socket does not allow it
         while left:
             data = os.read(outlet, left)
-            _send_all(flow.sink, data)
+            _send_all(flow, data)
             left -= len(data)
     finally:
         flow.octets += moved - left

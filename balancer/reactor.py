@@ -184,8 +184,8 @@ class Reactor:
                 events = poll(None)  # nothing has a deadline: sleep until something happens
             self.now = now = clock()
             ready = self.ready = dict(events)
-            while ready:
-                fd, mask = ready.popitem()
+            for fd, mask in events:
+                ready.pop(fd, None)
                 handler = handlers.get(fd)
                 if handler is None:
                     continue

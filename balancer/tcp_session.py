@@ -88,7 +88,7 @@ class TcpSession:
         """The tunnel owns the backend's side; nothing is registered for it here."""
 
     def _tunnel_ended(self, tunnel: Tunnel) -> None:
-        self._finish(tunnel_code(tunnel))
+        self._finish(tunnel.code)
 
     def _give_up(self, code: str) -> None:
         """End it before there is a tunnel."""
@@ -127,8 +127,3 @@ class TcpSession:
             )
         )
         front.on_closed(self)
-
-
-def tunnel_code(tunnel: Tunnel) -> str:
-    """The termination code of a tunnel that has ended."""
-    return tunnel.code

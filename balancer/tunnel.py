@@ -20,16 +20,14 @@ When both directions have ended the session is told; the session closes the sock
 from __future__ import annotations
 
 import socket
-import struct
 from collections.abc import Callable
 from functools import partial
 
-from balancer.pump import End, Flow, Pumps, half_close, relay_stream, wait_at_most
+from balancer.pump import RESET, End, Flow, Pumps, half_close, relay_stream
 from balancer.reactor import NEVER, READ, Reactor
 
 TURN = 32768  # octets that are asked for at once; when that many are there, a pump is worth its start
 REST_AFTER = 2.0  # seconds of silence after which a direction gives its thread back
-RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 
 
 class Direction:
@@ -100,7 +98,7 @@ class Tunnel:
     def _pump(self, direction: Direction, first: bytes) -> None:
         direction.pumped = True
         self.deadline = NEVER
-        wait_at_most(direction.flow.source, direction.flow.sink, self._rest_after, self._idle)
+        direction.flow.wait_at_most(self._rest_after, self._idle)
         try:
             self._pumps.run(direction.name, partial(self._run, direction, first))
         except RuntimeError:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import struct
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -28,6 +27,7 @@ from typing import Protocol
 from balancer.backend import Backend
 from balancer.config import Limits, Timeouts
 from balancer.pool import Pool
+from balancer.pump import RESET
 from balancer.reactor import NEVER, READ, WRITE, Reactor
 
 # Seconds that an idle connection is kept: less than the keep-alive of common application servers (uvicorn and Node
@@ -40,7 +40,6 @@ RETRY_PAUSE = 0.25  # seconds
 _NO_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE))
 _SHORTAGES = _NO_DESCRIPTORS | {errno.ENOBUFS, errno.ENOMEM}
 _NO_ANSWER = -1  # in place of an errno: there was a connection, but it broke before an answer
-_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 
 
 Refusal = tuple[int, str, str]  # status, termination code, and the reason in words
@@ -162,7 +161,7 @@ class Attempt:
                 if sock.getpeername() == sock.getsockname():
                     # A port that nobody listens on was given to this very socket, which so has reached itself. The
                     # reset leaves the port free for its owner.
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
                     error = errno.ECONNREFUSED
             except OSError as failure:
                 if failure.errno == errno.ENOTCONN:

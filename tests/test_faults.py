@@ -17,6 +17,7 @@ import pytest
 import faults
 from backend_server import Backend, serving
 from balancer.balancer import LoadBalancer
+from balancer.upstream import Upstream
 from balancing import connect, log_lines, running
 from conftest import PATIENCE, eventually
 from fakes import Connection, FakeBackend, read_lines, read_response
@@ -530,3 +531,48 @@ def take_out(balancer: LoadBalancer, check: str) -> None:
     for _ in range(balancer.config.health_check.fall):
         balancer.pool.report(backend, False, check)
     assert backend.status == "DOWN"
+
+
+# What is given back -----------------------------------------------------------------------------------------------
+
+
+def test_a_lease_whose_connection_was_renewed_in_vain_is_given_back_once(tmp_path, monkeypatch):
+    quiet = {"type": "tcp", "interval": 1000}
+    with (
+        FakeBackend(OK) as backend,
+        running(tmp_path, [(backend.host, backend.port)], health_check=quiet) as balancer,
+    ):
+        with connect(balancer) as client, client.makefile("rb") as file:
+            client.sendall(GET)
+            assert read_response(file).status == 200
+            eventually(lambda: balancer.upstreams.idle == 1, "the connection is kept")
+            monkeypatch.setattr(Upstream, "is_stale", lambda upstream: True)  # closed just before it is looked at
+            balancer.pool.backends[0].endpoints = ()  # and no other can be opened
+            client.sendall(POST)
+            assert read_response(file).status == 503
+        eventually(lambda: not balancer.listener.sessions, "the session has ended")
+        assert balancer.pool.backends[0].active == 0
+
+
+def test_a_client_that_takes_nothing_is_reset(tmp_path):
+    """Behind an orderly close megabytes would lie in the kernel for as long as that client likes."""
+    octets = b"HTTP/1.1 200 OK\r\nContent-Length: 50000000\r\n\r\n" + bytes(50_000_000)
+    with (
+        FakeBackend(octets) as backend,
+        running(
+            tmp_path,
+            [(backend.host, backend.port)],
+            timeouts={"client": 0.2},
+            health_check={"type": "tcp", "interval": 1000},
+        ) as balancer,
+        socket.socket() as client,
+    ):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(PATIENCE)
+        client.connect((balancer.host, balancer.port))
+        client.sendall(GET)
+        eventually(lambda: not balancer.listener.sessions and balancer.pool.backends[0].active == 0, "it is cut")
+        received, reset = read_to_the_end(client)
+        assert reset
+        assert len(received) < len(octets)
+    assert any("code=cD" in line for line in log_lines(tmp_path))

@@ -21,7 +21,7 @@ import pytest
 
 from balancer import pump
 from balancer.framing import LAST_CHUNK, ChunkedBody, CloseBody, LengthBody, as_chunk, as_is
-from balancer.pump import PIECE, End, Flow, Pumps, relay_body, relay_stream, wait_at_most
+from balancer.pump import PIECE, End, Flow, Pumps, relay_body, relay_stream
 from conftest import PATIENCE, eventually
 from fakes import hang_up
 
@@ -251,7 +251,7 @@ def test_a_source_that_closes_within_the_body_cuts_it(line, chunked):
 
 
 def test_a_source_that_is_silent_for_too_long_ends_it(line):
-    wait_at_most(line.source, line.sink, SHORT, PATIENCE)
+    line.flow.wait_at_most(SHORT, PATIENCE)
     line.giver.sendall(b"12345")
     pumped(lambda: relay_body(line.flow, LengthBody(10), as_is))
     assert (line.flow.end, line.flow.octets) == (End.SILENT, 5)
@@ -259,7 +259,7 @@ def test_a_source_that_is_silent_for_too_long_ends_it(line):
 
 
 def test_a_sink_that_takes_nothing_for_too_long_ends_it(line):
-    wait_at_most(line.source, line.sink, PATIENCE, SHORT)
+    line.flow.wait_at_most(PATIENCE, SHORT)
     with flooding(line.giver):
         pumped(lambda: relay_body(line.flow, LengthBody(1 << 40), as_is))
     assert line.flow.end is End.SINK_STUCK
@@ -345,7 +345,7 @@ def test_a_long_stream_arrives_octet_for_octet(line):
 
 
 def test_a_stream_that_was_silent_can_be_taken_up_again(line):
-    wait_at_most(line.source, line.sink, SHORT, PATIENCE)
+    line.flow.wait_at_most(SHORT, PATIENCE)
     line.giver.sendall(b"one ")
     pumped(lambda: relay_stream(line.flow))
     assert line.flow.end is End.SILENT
@@ -363,7 +363,7 @@ def test_what_one_stream_left_in_the_pipe_never_reaches_another(splicing):
     """One thread serves one connection after the other with the same pipe."""
     other = Line()
     try:
-        wait_at_most(splicing.source, splicing.sink, PATIENCE, SHORT)
+        splicing.flow.wait_at_most(PATIENCE, SHORT)
         other.giver.sendall(b"mine alone")
         other.giver.close()
         with flooding(splicing.giver):
@@ -638,7 +638,7 @@ def test_after_the_stop_no_work_is_taken(pumps):
 
 
 def test_waits_of_less_than_a_second_are_not_taken_for_for_ever(line):
-    wait_at_most(line.source, line.sink, 0.001, 0.001)
+    line.flow.wait_at_most(0.001, 0.001)
     for option, sock in ((socket.SO_RCVTIMEO, line.source), (socket.SO_SNDTIMEO, line.sink)):
         seconds, microseconds = struct.unpack("@ll", sock.getsockopt(socket.SOL_SOCKET, option, 16))
         assert seconds == 0
@@ -649,4 +649,4 @@ def test_waits_can_be_set_on_a_connection_that_is_dead(line):
     """macOS answers EINVAL here; the pump's first call is to say what is wrong."""
     reset(line.giver)
     eventually(lambda: line.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), "a reset that has come")
-    wait_at_most(line.source, line.sink, 1.0, 1.0)
+    line.flow.wait_at_most(1.0, 1.0)
