@@ -39,6 +39,9 @@ class Admin(enum.Enum):
     MAINT = "maint"  # gets no work and no probes
 
 
+READY = Admin.READY
+
+
 class Backend:
     """A configured server and its state. `repr` is a status line."""
 
@@ -112,7 +115,7 @@ class Backend:
     @property
     def eligible(self) -> bool:
         """May it be given work as far as probes and the operator are concerned?"""
-        return self.healthy and self.admin is Admin.READY
+        return self.healthy and self.admin is READY
 
     @property
     def available(self) -> bool:

@@ -76,12 +76,12 @@ def text_exchange(record: Exchange) -> str:
     in TCP mode `tcp 517/34`, octets from and to the client, in place of request line, status and octets.
     """
     ended, client, line, status, bytes_out, backend, _, _, _, total, code, tries, request_id, bytes_in = record
-    if line or status:
-        what = f'"{_request(line)}" {status or "-"} {bytes_out}'
-    else:
-        what = f"tcp {bytes_in}/{bytes_out}"
     date = _date(int(ended * 1000))
-    text = f"{date} INFO {client} {what} backend={backend} {total * 1000:.1f}ms code={code} tries={tries}"
+    end = f"backend={backend} {total * 1000:.1f}ms code={code} tries={tries}"
+    if line or status:
+        text = f'{date} INFO {client} "{_request(line)}" {status or "-"} {bytes_out} {end}'
+    else:
+        text = f"{date} INFO {client} tcp {bytes_in}/{bytes_out} {end}"
     return f"{text} id={_quotable(request_id).replace(' ', '_')}" if request_id else text
 
 
@@ -336,17 +336,23 @@ class Journal:
         taken = min(waiting, BATCH)
         oldest = self._waiting.popleft
         exchange, event = self._format
-        lines = []
-        for _ in range(taken):
-            record = oldest()
-            try:
-                lines.append(event(record) if len(record) == 3 else exchange(record))
-            except Exception as error:  # a record that was built wrongly must not end the log
-                lines.append(event((time.time(), "error", f"no line can be made of {record!r}: {error!r}")))
+        records = [oldest() for _ in range(taken)]
+        try:
+            lines = [event(record) if len(record) == 3 else exchange(record) for record in records]
+        except Exception:
+            lines = [self._line(record) for record in records]
         if lines:
             lines.append("")
             self._file.unwritten = "\n".join(lines).encode("utf-8", "backslashreplace")
         return taken
+
+    def _line(self, record: Exchange | Event) -> str:
+        """The line of a record, even of one that was built wrongly, which must not end the log."""
+        exchange, event = self._format
+        try:
+            return event(record) if len(record) == 3 else exchange(record)
+        except Exception as error:
+            return event((time.time(), "error", f"no line can be made of {record!r}: {error!r}"))
 
     def _suffer(self, error: OSError) -> None:
         """Note the trouble, say so once, and keep the memory bounded."""

@@ -69,14 +69,13 @@ class Seeker(Protocol):
 class Upstream:
     """An open connection to a backend."""
 
-    __slots__ = ("_owner", "backend", "connect_seconds", "deadline", "fd", "reused", "sock")
+    __slots__ = ("_owner", "backend", "deadline", "fd", "reused", "sock")
 
-    def __init__(self, owner: Upstreams, backend: Backend, sock: socket.socket, connect_seconds: float) -> None:
+    def __init__(self, owner: Upstreams, backend: Backend, sock: socket.socket) -> None:
         self._owner = owner
         self.backend = backend
         self.sock = sock
         self.fd = sock.fileno()
-        self.connect_seconds = connect_seconds
         self.reused = False
         self.deadline = NEVER
 
@@ -111,8 +110,7 @@ class Attempt:
         self._backend = backend
         self._endpoints = list(backend.endpoints)
         self._sock: socket.socket | None = None
-        self._began = owner.reactor.now
-        self._gives_up = self._began + owner.timeouts.connect
+        self._gives_up = owner.reactor.now + owner.timeouts.connect
         self.deadline = NEVER
 
     def begin(self, error: int = errno.EHOSTUNREACH) -> None:
@@ -174,7 +172,7 @@ class Attempt:
         reactor = self._owner.reactor
         reactor.timed.discard(self)
         sock.setblocking(True)
-        upstream = Upstream(self._owner, self._backend, sock, reactor.now - self._began)
+        upstream = Upstream(self._owner, self._backend, sock)
         reactor.handlers[upstream.fd] = self._seeker.on_backend
         reactor.watch(upstream.fd, READ)
         reactor.timed.add(upstream)
@@ -260,14 +258,18 @@ class Upstreams:
 
     def keep(self, upstream: Upstream) -> None:
         """Its exchange is over, and it may serve another."""
-        backend = upstream.backend
-        if backend.eligible and len(backend.idle) < MOST_IDLE:
-            upstream.deadline = self.reactor.now + KEEP_IDLE
-            self.reactor.handlers[upstream.fd] = upstream.on_idle
-            backend.idle.append(upstream)
+        reactor, backend = self.reactor, upstream.backend
+        idle = backend.idle
+        if backend.eligible and len(idle) < MOST_IDLE:
+            upstream.reused = True
+            upstream.deadline = reactor.now + KEEP_IDLE
+            reactor.handlers[upstream.fd] = upstream.on_idle
+            idle.append(upstream)
         else:
             self._close(upstream)
-        self.release(backend)
+        self._pool.release(backend)
+        if self._queue:
+            self._serve_queue()
 
     def discard(self, upstream: Upstream) -> None:
         """Its exchange is over, and so is the connection."""
@@ -400,16 +402,15 @@ class Upstreams:
 
     def _take_idle(self, seeker: Seeker, backend: Backend) -> Upstream | None:
         """The newest idle connection on which nothing has happened: an answer to nothing must not become anybody's."""
-        ready = self.reactor.ready
-        while backend.idle:
-            upstream: Upstream = backend.idle.pop()
-            if upstream.fd in ready and upstream.is_stale():
+        reactor, idle = self.reactor, backend.idle
+        while idle:
+            upstream: Upstream = idle.pop()
+            fd = upstream.fd
+            if fd in reactor.ready and upstream.is_stale():
                 self._close(upstream)
                 continue
             upstream.deadline = NEVER
-            upstream.reused = True
-            upstream.connect_seconds = 0.0
-            self.reactor.handlers[upstream.fd] = seeker.on_backend
+            reactor.handlers[fd] = seeker.on_backend
             return upstream
         return None
 
