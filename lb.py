@@ -95,6 +95,12 @@ def configure(flags: argparse.Namespace) -> Config:
         log_file=flags.log_file,
         log_level=flags.log_level,
     )
+    for server in config.servers:
+        if (server.host, server.port) == (config.host, config.port):
+            raise ConfigError(
+                f"{config.source}: backend {server.id} at {server.address} is the balancer itself; "
+                "give one of the two another port"
+            )
     try:
         make_picker(config.algorithm, config.base, report=lambda text: None)
     except ValueError as error:

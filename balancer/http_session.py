@@ -157,8 +157,6 @@ class HttpSession:
         self._up_first = b""  # of the body, framed: goes with the head
         self._up_replayable = True  # is all that was sent of the body in `_up_first`?
         self._up_failed = False  # the backend takes no more of the body
-        self._up_turns = TURNS  # octets of the request's body at which the reactor has had its turns
-        self._down_turns = TURNS
         self._down_body: Body | None = None  # of the answer, unless it came whole with its head
         self._told = False  # did we answer ourselves?
         self._close_framed = False  # does only the close tell the client where the answer's body ends?
@@ -315,6 +313,7 @@ class HttpSession:
         self._buffer = b""
         body = body_of(request.length)
         self._up_body = body
+        self._up_turns = TURNS  # octets at which the reactor has had its turns
         self._up_encode: Encoder = as_chunk if request.length == CHUNKED else as_is
         if data:
             try:
@@ -567,6 +566,7 @@ class HttpSession:
             return
         self._state = ANSWERING
         self._down_body = body
+        self._down_turns = TURNS
         self._down_encode = encode
         self._octets_out = len(content)
         head = answer_head(answer, framing, request.minor, self._persistent, time.time())

@@ -35,6 +35,7 @@ from messages import (
     read_by_http_client,
     read_by_http_server,
 )
+from programs import free_ports
 
 GET = head("GET / HTTP/1.1", "Host: a.test")
 LAST = head("HTTP/1.1 204 No Content", "Connection: close")
@@ -470,9 +471,9 @@ def test_a_get_on_a_connection_that_closes_is_sent_again(tmp_path: Path, way: Wa
 
 def test_a_connection_that_could_not_be_opened_was_no_sending(tmp_path: Path) -> None:
     """S 9.2.2: so a POST may go to the next backend."""
-    with FakeBackend(OK) as fake, FakeBackend(OK) as gone:
-        gone.close()
-        servers = [(gone.host, gone.port), (fake.host, fake.port)]
+    (gone,) = free_ports(1)
+    with FakeBackend(OK) as fake:
+        servers = [("127.0.0.1", gone), (fake.host, fake.port)]
         with running(tmp_path, servers, health_check={"type": "tcp", "interval": 1000, "fall": 100}) as balancer:
             for _ in range(2):
                 octets = head("POST / HTTP/1.1", "Host: a.test", "Content-Length: 5") + b"hello"
@@ -1066,10 +1067,9 @@ def test_our_own_answers_say_why_and_are_in_the_log(tmp_path: Path, octets: byte
 
 
 def test_a_503_says_when_to_come_again(tmp_path: Path) -> None:
-    with FakeBackend(OK) as gone:
-        gone.close()
-        with running(tmp_path, [(gone.host, gone.port)], **QUIET) as balancer:
-            answer = answered(balancer, whole(GET))
+    (port,) = free_ports(1)
+    with running(tmp_path, [("127.0.0.1", port)], **QUIET) as balancer:
+        answer = answered(balancer, whole(GET))
     assert_ours(answer, 503, tmp_path)
     assert int(answer.headers["Retry-After"]) > 0
 

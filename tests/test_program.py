@@ -112,6 +112,16 @@ def test_a_log_that_cannot_be_opened_is_one_line_that_says_so(tmp_path):
     assert re.fullmatch(rf"lb: [^\[]*{re.escape(str(log_file))}[^\[]*: No such file or directory\n", result.stderr)
 
 
+def test_a_backend_that_is_the_balancer_itself_is_refused(tmp_path):
+    """Each request would go round until its head is too large."""
+    backends = ["127.0.0.1:9000", "localhost:9001", "127.0.0.1:9001"]
+    result = run(LB, "--port", 9001, "--check", *backends, directory=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "lb: command line: backend 3 at 127.0.0.1:9001 is the balancer itself; give one of the two another port\n"
+    )
+
+
 def test_without_any_configuration_it_says_what_to_give(tmp_path):
     (checkout(tmp_path) / "servers.json").unlink()
     result = run(tmp_path / "lb.py", directory=tmp_path)
