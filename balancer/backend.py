@@ -150,6 +150,19 @@ class Backend:
         return self.average * max(AVERAGE_FLOOR, math.pow(2.0, (self.average_at - now) / AVERAGE_HALF_LIFE))
 
 
+def connect_failure(error: OSError) -> str:
+    """Why there is no connection: "L4CON refused", "L4CON no route to host", "L4TOUT"."""
+    if isinstance(error, TimeoutError):
+        return "L4TOUT"
+    return "L4CON refused" if isinstance(error, ConnectionRefusedError) else f"L4CON {in_words(error)}"
+
+
+def in_words(error: OSError) -> str:
+    """The system's text for an error, fit for the middle of a line."""
+    text = error.strerror or str(error) or type(error).__name__
+    return text[:1].lower() + text[1:]
+
+
 def literal_endpoints(host: str, port: int) -> tuple[Endpoint, ...]:
     """The endpoint of a literal IPv4 or IPv6 address; empty for a name, which takes a look-up that may block."""
     try:

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from balancer import __version__
-from balancer.backend import Admin, Backend, Endpoint, literal_endpoints, resolve
+from balancer.backend import Admin, Backend, Endpoint, connect_failure, in_words, literal_endpoints, resolve
 from balancer.config import HealthCheck
 from balancer.pool import Pool
 
@@ -70,19 +70,6 @@ class ProbeError(Exception):
 class Result(NamedTuple):
     passed: bool
     check: str
-
-
-def connect_failure(error: OSError) -> str:
-    """Why there is no connection: "L4CON refused", "L4CON no route to host", "L4TOUT"."""
-    if isinstance(error, TimeoutError):
-        return "L4TOUT"
-    return "L4CON refused" if isinstance(error, ConnectionRefusedError) else f"L4CON {in_words(error)}"
-
-
-def in_words(error: OSError) -> str:
-    """The system's text for an error, fit for the middle of a line."""
-    text = error.strerror or str(error) or type(error).__name__
-    return text[:1].lower() + text[1:]
 
 
 class Probe:

@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from balancer.backend import Backend
+from balancer.backend import Backend, connect_failure
 from balancer.config import Limits, Timeouts
 from balancer.pool import Pool
 from balancer.pump import RESET
@@ -373,7 +373,7 @@ class Upstreams:
             seeker.unserved(503, "RC", f"the balancer is short of something: {os.strerror(error)}")
             return
         if error != errno.EADDRNOTAVAIL:  # our ports towards this address are used up, which is no fault of its own
-            self._pool.report(backend, False, connect_failure(error))
+            self._pool.report(backend, False, connect_failure(OSError(error, os.strerror(error))))
             self._on_refused(backend)
         self.release(backend)
         seeker.tried.append(backend)
@@ -442,10 +442,3 @@ class Upstreams:
             reactor.remove(upstream.fd)
         upstream.fd = -1  # the number may be another connection's from here on
         upstream.sock.close()
-
-
-def connect_failure(error: int) -> str:
-    """A failed connect in the words of the checks: `L4CON refused`, `L4TOUT`."""
-    if error == errno.ETIMEDOUT:
-        return "L4TOUT"
-    return f"L4CON {'refused' if error == errno.ECONNREFUSED else os.strerror(error).lower()}"
