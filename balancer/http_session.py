@@ -381,7 +381,7 @@ class HttpSession:
         try:
             content = body.feed(data)
         except FramingError as error:
-            self._bad_upload(str(error))
+            self._fail(400, "PD", str(error))
             return
         self._octets_in += len(content)
         framed = self._up_encode(content)
@@ -455,7 +455,7 @@ class HttpSession:
         elif end is End.SINK_STUCK:
             self._fail(504, "sD", f"backend {self._backend_id} does not take the request's body")
         elif end is End.BAD:
-            self._bad_upload(flow.problem)
+            self._fail(400, "PD", flow.problem)
         elif end is End.FAILED:
             self._fail(500, "ID", "an error within the balancer")
         elif end is End.SILENT and self._front.timeouts.client > REST_AFTER:
@@ -474,9 +474,6 @@ class HttpSession:
             self._finish_exchange()
         elif self._state is WAITING:
             self.deadline = min(self.deadline, self._reactor.now + self._front.timeouts.server)
-
-    def _bad_upload(self, problem: str) -> None:
-        self._fail(400, "PD", problem)
 
     # ---- the answer -------------------------------------------------------------------------------------------
 
@@ -536,7 +533,6 @@ class HttpSession:
                 self._down_encode = as_is
                 self._pump_down(out[sent:], b"")
             return
-        self._answer_buffer = b""
         self._begin_answer(answer, request, buffer[length:])
 
     def _begin_answer(self, answer: Answer, request: Request, rest: bytes) -> None:
@@ -555,8 +551,6 @@ class HttpSession:
                 framing = None
                 self._close_framed = True
         if self._up_body is not None or self._up_pump is not None or self._up_failed or self._close_framed:
-            self._persistent = False
-        if self._front.draining:
             self._persistent = False
         body = body_of(length)
         try:

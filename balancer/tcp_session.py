@@ -55,7 +55,7 @@ class TcpSession:
             self._give_up("KC")
 
     def expired(self, now: float) -> None:
-        self._give_up("sQ")
+        self._give_up(self.refusal[1])
 
     def crashed(self, error: Exception) -> None:
         """A bug: this connection is lost, and nothing else is."""

@@ -39,8 +39,6 @@ RETRY_PAUSE = 0.25  # seconds
 # Failures of ours, which no other backend would be spared.
 _NO_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE))
 _SHORTAGES = _NO_DESCRIPTORS | {errno.ENOBUFS, errno.ENOMEM}
-_NO_ANSWER = -1  # in place of an errno: there was a connection, but it broke before an answer
-
 
 Refusal = tuple[int, str, str]  # status, termination code, and the reason in words
 NONE_AVAILABLE: Refusal = (503, "SC", "no backend is available")
