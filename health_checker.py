@@ -53,7 +53,7 @@ class Watcher:
         self.happened: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._journal = journal
         self._probes = settings.health_check
-        backends = [Backend(server, order) for order, server in enumerate(settings.servers)]
+        backends = [Backend(server) for server in settings.servers]
         self.pool = WatchedPool(
             backends, RoundRobin(), rise=self._probes.rise, fall=self._probes.fall, on_change=self._changed
         )

@@ -62,7 +62,6 @@ class Backend:
         "id",
         "idle",
         "max_connections",
-        "order",
         "port",
         "probed",
         "streak",
@@ -70,7 +69,7 @@ class Backend:
         "weight",
     )
 
-    def __init__(self, server: Server, order: int = 0, head_limits: HeadLimits | None = None) -> None:
+    def __init__(self, server: Server, head_limits: HeadLimits | None = None) -> None:
         self.id = server.id
         self.host = server.host
         self.port = server.port
@@ -78,7 +77,6 @@ class Backend:
         self.weight = server.weight
         self.backup = server.backup
         self.max_connections = server.max_connections
-        self.order = order  # place in the configuration: breaks ties where the order must be strict
 
         self.endpoints: tuple[Endpoint, ...] = literal_endpoints(server.host, server.port)
         self.healthy = True

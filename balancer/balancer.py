@@ -47,7 +47,7 @@ class LoadBalancer:
         head_limits = HeadLimits(limits.head_bytes, limits.request_line_bytes, limits.fields)
         health = config.health_check
         self.pool = Pool(
-            [Backend(server, order, head_limits) for order, server in enumerate(config.servers)],
+            [Backend(server, head_limits) for server in config.servers],
             picker,
             rise=health.rise,
             fall=health.fall,

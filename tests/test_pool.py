@@ -29,7 +29,7 @@ class First:
 
 
 def backend(name: str, **settings) -> Backend:
-    return Backend(Server(name, "127.0.0.1", 8000, **settings), ord(name[0]))
+    return Backend(Server(name, "127.0.0.1", 8000, **settings))
 
 
 def pool_of(*backends: Backend, picker: Picker | None = None, **options) -> Pool:

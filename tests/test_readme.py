@@ -356,7 +356,7 @@ def test_the_policy_of_ones_own_does_what_it_says(tmp_path):
     servers = parse(json.dumps([SERVER, {**SERVER, "port": 8002}]), "", Path()).servers
     complaints: list[str] = []
     picker = make_picker("my_policy.py", tmp_path, complaints.append)
-    pool = Pool([Backend(server, order) for order, server in enumerate(servers)], picker)
+    pool = Pool([Backend(server) for server in servers], picker)
     leased = [pool.lease("192.0.2.1") for _ in range(20)]
     assert [backend.id for backend in leased if backend] == ["1"] * 10 + ["2"] * 10
     pool.release(pool.backends[1])

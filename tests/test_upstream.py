@@ -95,7 +95,7 @@ class Scene:
     ) -> list[Backend]:
         """A pool of these, each of which has passed a probe; a socket is the backend at its address."""
         self.backends = [
-            Backend(server if isinstance(server, Server) else Server(str(number), *server.getsockname()[:2]), number)
+            Backend(server if isinstance(server, Server) else Server(str(number), *server.getsockname()[:2]))
             for number, server in enumerate(servers, 1)
         ]
         self.pool = Pool(self.backends, RoundRobin())
