@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+_NO_SERVERS = 'must not be empty; name at least one server, such as {"host": "127.0.0.1", "port": 8001}'
 DEFAULT_FILE = "servers.json"
 POLICIES = ("round_robin", "least_connections", "random", "ip_hash", "power_of_two", "least_time")
 PLACEHOLDERS = ("python", "port", "host", "id")
@@ -70,6 +71,7 @@ class Timeouts:
     tunnel: float = 3600.0
     queue: float = 5.0
     no_backend: float = 0.0
+    drain_delay: float = 0.0
     drain: float = 30.0
 
 
@@ -87,8 +89,34 @@ class Log:
     file: str = "load_balancer.log"  # "": none
     format: str = "text"
     level: str = "info"
+    slow: float = 1.0  # seconds from which on a request is kept to be explained
     max_bytes: int = 50_000_000
     backups: int = 3
+
+
+@dataclass(frozen=True)
+class AdminPort:
+    """Where the operator's port listens, and the file that its token is in, "" for none."""
+
+    host: str = "127.0.0.1"  # "": it is off
+    port: int = 8404
+    token_file: str = ""
+    asked_for: bool = False  # by key or flag: then it is an error when the port is taken
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Backends that the balancer starts and stops by the load, all with one command."""
+
+    command: tuple[str, ...]
+    ports: tuple[int, int]  # the first and the last that instances are given
+    min: int = 1
+    max: int = 8
+    target_active: float = 10.0  # requests in hand for each instance
+    idle_stop: float = 300.0  # seconds without need after which an instance is stopped
+    pause: float = 5.0  # seconds from one step to the next
+    start_timeout: float = 30.0  # seconds that an instance is given to answer its first probe
+    host: str = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -103,6 +131,8 @@ class Config:
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()
     log: Log = Log()
+    admin: AdminPort = AdminPort()
+    scaling: Scaling | None = None
     source: str = "command line"  # or the file's name
     base: Path = Path()  # the directory that relative paths start at
 
@@ -204,11 +234,15 @@ def _whole(low: int, high: int) -> _Check:
 
 
 def _seconds(low: float = SHORTEST_WAIT) -> _Check:
+    return _number(low, LONGEST_WAIT, " of seconds", " seconds")
+
+
+def _number(low: float, high: float, of_what: str = "", unit: str = "") -> _Check:
     def check(value: Any, at: _Place) -> float:
         if type(value) not in (int, float):
-            raise at.wrong(f"must be a number of seconds, not {_kind(value)}")
-        if not low <= value <= LONGEST_WAIT:
-            raise at.wrong(f"must be {low} to {LONGEST_WAIT} seconds, not {_shown(value)}")
+            raise at.wrong(f"must be a number{of_what}, not {_kind(value)}")
+        if not low <= value <= high:
+            raise at.wrong(f"must be {low} to {high}{unit}, not {_shown(value)}")
         return float(value)
 
     return check
@@ -283,6 +317,45 @@ def _host(value: Any, at: _Place) -> str:
     return str(value.lower())
 
 
+def _split_address(value: str) -> tuple[str, str] | None:
+    """Host and port of `HOST:PORT`, `[IPV6]:PORT`, `:PORT` or `PORT`, neither looked at; None for anything else."""
+    match = re.fullmatch(r"(?:(?:\[(.*:.*)\]|([^:]*)):)?([0-9]{1,9})", value)
+    return (match[1] or match[2] or "127.0.0.1", match[3]) if match else None
+
+
+def _admin_address(value: Any, at: _Place) -> dict[str, Any]:
+    if _string(value, at) == "off":
+        return {"host": "", "port": 0, "asked_for": True}
+    found = _split_address(value)
+    if not found:
+        raise at.wrong(f'must be HOST:PORT, [IPV6]:PORT, PORT or "off", not {_shown(value)}')
+    return {"host": _host(found[0], at), "port": _whole(0, 65535)(int(found[1]), at), "asked_for": True}
+
+
+def _admin(address: Mapping[str, Any] | None = None, token_file: str = "") -> AdminPort:
+    return AdminPort(**(address or {}), token_file=token_file)
+
+
+def _ports(value: Any, at: _Place) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", _string(value, at))
+    low, high = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= low <= high <= 65535:
+        raise at.wrong(f'must be a range of ports such as "9001-9100", not {_shown(value)}')
+    return low, high
+
+
+def _scaling(value: Any, at: _Place) -> Scaling:
+    scaling: Scaling = _object(_SCALING, Scaling, needs=("command", "ports"))(value, at)
+    if not any("{port}" in word for word in scaling.command):
+        raise at.key("command").wrong('must have the word "{port}", or all instances would listen on the same port')
+    if scaling.min > scaling.max:
+        raise at.key("min").wrong(f"must be at most max, which is {scaling.max}, not {scaling.min}")
+    room = scaling.ports[1] - scaling.ports[0] + 1
+    if room < scaling.max:
+        raise at.key("ports").wrong(f"has room for {room} instances, and max is {scaling.max}; widen the range")
+    return scaling
+
+
 def _url_path(value: Any, at: _Place) -> str:
     if re.match(r"https?://", _string(value, at), re.IGNORECASE):
         raise at.wrong(f'must be a path such as "/health", not the full URL {_shown(value)}; "servers" has the hosts')
@@ -330,12 +403,10 @@ def _servers(value: Any, at: _Place) -> tuple[Server, ...]:
         raise at.wrong(f"must be a list, not {_kind(value)}")
     places = [at.item(index) for index in range(len(value))]
     entries = [_SERVER(entry, place) for entry, place in zip(value, places, strict=True)]
-    return _distinct([Server(**{"id": str(n), **entry}) for n, entry in enumerate(entries, 1)], places, at)
+    return _distinct([Server(**{"id": str(n), **entry}) for n, entry in enumerate(entries, 1)], places)
 
 
-def _distinct(servers: Sequence[Server], places: Sequence[_Place], at: _Place) -> tuple[Server, ...]:
-    if not servers:
-        raise at.wrong('must not be empty; name at least one server, such as {"host": "127.0.0.1", "port": 8001}')
+def _distinct(servers: Sequence[Server], places: Sequence[_Place]) -> tuple[Server, ...]:
     for what in ("id", "address"):
         seen: dict[str, _Place] = {}
         for server, place in zip(servers, places, strict=True):
@@ -371,7 +442,7 @@ _HEALTH_CHECK = {
 }
 _TIMEOUTS = {
     **dict.fromkeys(("connect", "request_head", "client_idle", "client", "server", "tunnel", "drain"), _seconds()),
-    **dict.fromkeys(("queue", "no_backend"), _seconds(0)),
+    **dict.fromkeys(("queue", "no_backend", "drain_delay"), _seconds(0)),
 }
 _LIMITS = {
     "connections": _COUNT,
@@ -382,10 +453,23 @@ _LIMITS = {
 }
 _LOG = {
     "file": _file,
-    "format": _one_of(("text",)),
+    "format": _one_of(("text", "haproxy", "json")),
     "level": _one_of(("debug", "info", "warning", "error")),
+    "slow": _seconds(),
     "max_bytes": _whole(1000, 10**12),
     "backups": _whole(0, 1000),
+}
+_ADMIN = {"address": _admin_address, "token_file": _file}
+_SCALING = {
+    "command": _command,
+    "ports": _ports,
+    "min": _whole(0, 1000),
+    "max": _whole(1, 1000),
+    "target_active": _number(0.01, 1_000_000),
+    "idle_stop": _seconds(),
+    "pause": _seconds(),
+    "start_timeout": _seconds(),
+    "host": _host,
 }
 _TOP = {
     "servers": _servers,
@@ -399,6 +483,8 @@ _TOP = {
     "timeouts": _object(_TIMEOUTS, Timeouts),
     "limits": _object(_LIMITS, Limits),
     "log": _object(_LOG, Log),
+    "admin": _object(_ADMIN, _admin),
+    "scaling": _scaling,
 }
 _SHORT_FORMS = {"health_check_url": "path", "health_check_interval": "interval"}
 _NUMERAL = re.compile(r"-?[0-9]{1,9}(\.[0-9]{1,9})?")
@@ -410,6 +496,8 @@ _FLAGS = {  # the flag, the field of Config it goes to ("" for Config itself), t
     "interval": ("health_check", "interval", _HEALTH_CHECK["interval"]),
     "log_file": ("log", "file", _LOG["file"]),
     "log_level": ("log", "level", _LOG["level"]),
+    "log_format": ("log", "format", _LOG["format"]),
+    "admin": ("admin", "", _ADMIN["address"]),  # the check gives several fields
 }
 
 
@@ -437,7 +525,9 @@ def parse(text: str, source: str, base: Path) -> Config:
         document = {"servers": document}
     if not isinstance(document, dict):
         raise at.wrong(f"must be a list of servers or an object, not {_kind(document)}")
-    given = _object(_TOP, needs=("servers",))(document, at)
+    given = _object(_TOP)(document, at)
+    if not given.setdefault("servers", ()) and "scaling" not in given:
+        raise at.key("servers").wrong(_NO_SERVERS if "servers" in document else "the key is missing")
     health_check = given.pop("health_check", {})
     for short, key in _SHORT_FORMS.items():
         if short in given:
@@ -452,23 +542,25 @@ def parse(text: str, source: str, base: Path) -> Config:
 def from_addresses(addresses: Sequence[str]) -> Config:
     """Backends as `HOST:PORT`, `[IPV6]:PORT`, `:PORT` or `PORT`; their ids are "1", "2"... Raises ConfigError."""
     source, base = "command line", Path.cwd()
+    if not addresses:
+        raise ConfigError(f"{source}: {_NO_SERVERS}")
     places = [_Place(source, base, _shown(address)) for address in addresses]
     servers = []
     for number, (address, place) in enumerate(zip(addresses, places, strict=True), 1):
-        match = re.fullmatch(r"(?:(?:\[(.*:.*)\]|([^:]*)):)?([0-9]{1,9})", address)
-        if not match:
+        found = _split_address(address)
+        if not found:
             raise place.wrong("must be HOST:PORT, [IPV6]:PORT or PORT")
-        host = _host(match[1] or match[2] or "127.0.0.1", replace(place, path=f"host in {place.path}"))
-        port = _PORT(int(match[3]), replace(place, path=f"port in {place.path}"))
+        host = _host(found[0], replace(place, path=f"host in {place.path}"))
+        port = _PORT(int(found[1]), replace(place, path=f"port in {place.path}"))
         servers.append(Server(str(number), host, port))
-    return Config(_distinct(servers, places, _Place(source, base)), source=source, base=base)
+    return Config(_distinct(servers, places), source=source, base=base)
 
 
 def override(config: Config, **flags: str | float | None) -> Config:
     """The configuration with the flags of the command line in it; None is a flag that was not given.
 
-    Flags: host, port, mode, algorithm, interval, log_file, log_level; numbers may be text. Relative paths in them
-    start at the working directory. Raises ConfigError.
+    Flags: host, port, mode, algorithm, interval, log_file, log_level, log_format, admin; numbers may be text. Relative
+    paths in them start at the working directory. Raises ConfigError.
     """
     for flag, value in flags.items():
         if value is None:
@@ -476,7 +568,8 @@ def override(config: Config, **flags: str | float | None) -> Config:
         section, key, check = _FLAGS[flag]
         if flag in ("port", "interval") and isinstance(value, str) and _NUMERAL.fullmatch(value):
             value = float(value) if "." in value else int(value)
-        change = {key: check(value, _Place(f"--{flag.replace('_', '-')}", Path.cwd()))}
+        checked = check(value, _Place(f"--{flag.replace('_', '-')}", Path.cwd()))
+        change = {key: checked} if key else checked
         config = replace(config, **({section: replace(getattr(config, section), **change)} if section else change))
     return _settled(config)
 
