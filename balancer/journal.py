@@ -1,20 +1,14 @@
-"""load_balancer.log: what a line looks like, the file it goes to, and the thread that writes it.
-
-A record of one exchange, or of one connection in TCP mode, is a plain tuple, because that is the fastest thing to
-build. Its positions are those of `Exchange`. An event is a line of its own: a start, a change of state, an error.
+"""load_balancer.log: the file that it goes to, and the thread that writes it. Its lines: balancer/log_formats.py.
 
 Nobody who logs ever waits: `Journal.exchange` is `deque.append` itself, and the thread "journal" looks every 100 ms
 whether there is something to write (100 times a second while there is much, so that no batch keeps the interpreter's
 lock for long). To be woken instead would put a system call on every request; the idle looks cost 0.2% of a core.
-
-No line can be forged by what a client or a backend sends: characters that could end a line or steer a terminal are
-written as \\xNN, as nginx writes them, and so are the quotes inside the quoted request line.
 """
 
 from __future__ import annotations
 
+import errno
 import os
-import re
 import stat
 import sys
 import threading
@@ -22,26 +16,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
-from typing import NamedTuple, TextIO
+from typing import TextIO
 
-Exchange = tuple[
-    float,  # 0 when it ended: seconds since the epoch
-    str,  # 1 client, "ip:port"
-    bytes,  # 2 request line as received; b"" in TCP mode
-    int,  # 3 status; 0 when none was sent, and in TCP mode
-    int,  # 4 octets sent to the client
-    str,  # 5 backend's id; "-" when there is none
-    float,  # 6 seconds in the queue; in each of these four -1.0 when it was never reached
-    float,  # 7 seconds until the connection to the backend stood
-    float,  # 8 seconds until the answer's head was there
-    float,  # 9 seconds altogether
-    str,  # 10 two letters: what ended it, and where; "--" when all went well
-    int,  # 11 how many backends were tried
-    str,  # 12 the request's id; "" when it has none
-    int,  # 13 octets received from the client
-]
-Event = tuple[float, str, str]  # seconds since the epoch, level, text
+from balancer.log_formats import FORMATS, Event, Exchange, text_event
+
+__all__ = ["LEVELS", "Event", "Exchange", "Journal", "LogFile"]
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
@@ -49,88 +28,18 @@ WAITING = 100_000
 """Records that are kept while the file cannot be written; beyond it the oldest are dropped, and counted."""
 ECHOES = 10_000
 """Events that are kept while the terminal does not take them."""
+EVENTS = 500
+"""Events that are kept to be looked at."""
 BATCH = 1000
-"""Records to one write, at most: about 1.1 ms of the interpreter's lock."""
+"""Records to one write, at most: about 1.5 ms of the interpreter's lock."""
 BUSY = 50
 """Records in a batch from which on the next look is soon."""
 LONGEST_PAUSE = 0.1
 SHORTEST_PAUSE = 0.01
 LOOK = 1.0
 """Seconds between two looks at whether the file was moved away."""
-STOP_PATIENCE = 5.0
-
-
-# What a line looks like -------------------------------------------------------------------------------------------
-
-
-class Format(NamedTuple):
-    """How records become lines, without their line ends."""
-
-    exchange: Callable[[Exchange], str]
-    event: Callable[[Event], str]
-
-
-def text_exchange(record: Exchange) -> str:
-    """One line for people:
-    `2026-11-20 20:37:20.123 INFO 127.0.0.1:54321 "GET / HTTP/1.1" 200 34 backend=1 0.8ms code=-- tries=1`;
-    in TCP mode `tcp 517/34`, octets from and to the client, in place of request line, status and octets.
-    """
-    ended, client, line, status, bytes_out, backend, _, _, _, total, code, tries, request_id, bytes_in = record
-    date = _date(int(ended * 1000))
-    end = f"backend={backend} {total * 1000:.1f}ms code={code} tries={tries}"
-    if line or status:
-        text = f'{date} INFO {client} "{_request(line)}" {status or "-"} {bytes_out} {end}'
-    else:
-        text = f"{date} INFO {client} tcp {bytes_in}/{bytes_out} {end}"
-    return f"{text} id={_quotable(request_id).replace(' ', '_')}" if request_id else text
-
-
-def text_event(event: Event) -> str:
-    """One line for people: `2026-11-20 20:37:20.123 WARNING backend 1 is DOWN: L4CON refused, 3rd failure`."""
-    moment, level, text = event
-    return f"{_date(int(moment * 1000))} {level.upper()} {_printable(text)}"
-
-
-FORMATS = {"text": Format(text_exchange, text_event)}
-
-
-@lru_cache(maxsize=16)
-def _date(milliseconds: int) -> str:
-    """Local time, `2026-11-20 20:37:20.123`."""
-    return f"{_second(milliseconds // 1000)}.{milliseconds % 1000:03d}"
-
-
-@lru_cache(maxsize=4)
-def _second(seconds: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-@lru_cache(maxsize=256)
-def _request(line: bytes) -> str:
-    """A request line, fit for quotes. What is asked for once is mostly asked for again."""
-    return _quotable(line.decode("ascii", "surrogateescape"))
-
-
-_UNQUOTABLE = re.compile(r"[^ !#-\[\]-~]")  # all but printable ASCII, and the quote and the backslash of it
-
-
-def _quotable(text: str) -> str:
-    if not _UNQUOTABLE.search(text):
-        return text
-    return _UNQUOTABLE.sub(lambda match: _escape(match[0]), text)
-
-
-def _printable(text: str) -> str:
-    if text.isprintable() and "\\" not in text:
-        return text
-    return "".join(char if char.isprintable() and char != "\\" else _escape(char) for char in text)
-
-
-def _escape(char: str) -> str:
-    code = ord(char)
-    if 0xDC80 <= code <= 0xDCFF:  # an octet that was not ASCII, by way of "surrogateescape"
-        code -= 0xDC00
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+PATIENCE = 5.0
+"""Seconds that a stop or a change waits for a disk that hangs."""
 
 
 # The file ---------------------------------------------------------------------------------------------------------
@@ -146,22 +55,32 @@ class LogFile:
     def __init__(self, path: str, max_bytes: int, backups: int, warn: Callable[[str], None]) -> None:
         self.path = path
         self.unwritten = b""
+        self.max_bytes = max_bytes
+        self.backups = backups
         self._done = 0  # octets of `unwritten` that are in the file already
-        self._max_bytes = max_bytes
-        self._backups = backups
         self._warn = warn
         self._fd = -1
         self._identity = (0, 0)
         self._size = 0
-        self._rotates = False
+        self._regular = False
 
     def open(self) -> None:
         self.close()
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        status = os.fstat(self._fd)
+        self._begin(_appended(self.path))
+
+    def move(self, path: str) -> None:
+        """Go on in another file. When that cannot be opened, all is as it was."""
+        fd = _appended(path)
+        self.close()
+        self.path = path
+        self._begin(fd)
+
+    def _begin(self, fd: int) -> None:
+        self._fd = fd
+        status = os.fstat(fd)
         self._identity = (status.st_dev, status.st_ino)
         self._size = status.st_size
-        self._rotates = self._max_bytes > 0 and stat.S_ISREG(os.lstat(self.path).st_mode)
+        self._regular = stat.S_ISREG(status.st_mode) and not os.path.islink(self.path)
         # A line that was cut by a full disk begins again in the file that comes after it.
         self._done = self.unwritten.rfind(b"\n", 0, self._done) + 1
 
@@ -188,7 +107,7 @@ class LogFile:
         """
         if self._fd < 0:
             self.open()
-        if self._rotates and self._size and not self._done and self._size + len(self.unwritten) > self._max_bytes:
+        if self._size and not self._done and 0 < self.max_bytes < self._size + len(self.unwritten) and self._regular:
             self._rotate()
         while self._done < len(self.unwritten):
             written = os.write(self._fd, self.unwritten[self._done :])
@@ -198,11 +117,11 @@ class LogFile:
         self._done = 0
 
     def _rotate(self) -> None:
-        names = [self.path, *(f"{self.path}.{number}" for number in range(1, self._backups + 1))]
+        names = [self.path, *(f"{self.path}.{number}" for number in range(1, self.backups + 1))]
         try:
-            if not self._backups:
+            if not self.backups:
                 os.ftruncate(self._fd, 0)
-            for number in range(self._backups, 0, -1):
+            for number in range(self.backups, 0, -1):
                 with suppress(FileNotFoundError):
                     os.replace(names[number - 1], names[number])
         except OSError as error:
@@ -210,6 +129,11 @@ class LogFile:
             self._size = 0  # to try again after as much once more
         else:
             self.open()
+
+
+def _appended(path: str) -> int:
+    """A descriptor of the file, made if need be."""
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
 
 def _reason(error: OSError) -> str:
@@ -226,7 +150,8 @@ class Journal:
     level      the least that is written; exchanges are "info"
     max_bytes  size at which the file is rotated to path.1, path.2 ...; 0: never
     backups    how many of those are kept; 0: the file is emptied instead
-    echo       a stream that is given the events too, not the exchanges
+    format     one of FORMATS
+    echo       a stream that is given the events too, as text, not the exchanges
 
     The file is opened again when it was moved away or deleted. A disk that is full, a directory that vanished or a
     terminal that was closed raise nothing: records wait, the oldest are dropped at last, and it is said on stderr when
@@ -234,7 +159,12 @@ class Journal:
     """
 
     exchange: Callable[[Exchange], None]
-    """Log one exchange. This is `deque.append`: nothing else happens on the caller's thread."""
+    """Log one exchange. This is `deque.append`: nothing else happens on the caller's thread.
+
+    `configure` may put another in its place. The old one still works, but knows nothing of a change of level.
+    """
+    events: deque[Event]
+    """The last events that are "info" or more, whatever the level of the file; `latest_events` copies them safely."""
 
     def __init__(
         self,
@@ -247,29 +177,68 @@ class Journal:
         format: str = "text",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._level = LEVELS[level]
-        self._format = FORMATS[format]
         self._clock = clock
         self._file = LogFile(path or os.devnull, max_bytes, backups, lambda text: self.event("warning", text))
         # Appending to a deque that is full drops the oldest. That bounds the memory even while the writer is stuck in
         # a system call; otherwise the writer drops them itself, at half that number, for it can count them.
-        self._waiting: deque[Exchange | Event] = deque(maxlen=2 * WAITING if path else 0)
+        self._waiting: deque[Exchange | Event] = deque(maxlen=2 * WAITING)
         self._echo = echo
         self._echoes: deque[Event] = deque(maxlen=ECHOES if echo else 0)
-        self.exchange = self._waiting.append if LEVELS["info"] >= self._level else deque[Exchange](maxlen=0).append
+        self.events = deque(maxlen=EVENTS)
+        self._events_lock = threading.Lock()  # of `events`, which cannot be copied while it grows
+        self._writing = threading.Lock()  # held through a round, and while its file or its format are changed
         self._look_due = 0.0
         self._reopen = False
-        self._trouble: tuple[float, str] | None = None  # since when the file cannot be written, and why
+        self._trouble: tuple[float, str, str] | None = None  # since when which file cannot be written, and why
         self._lost = 0
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self._choose(path, level, format)
+
+    def _choose(self, path: str, level: str, format: str) -> None:
+        """What is written, and how."""
+        self._level = LEVELS[level]
+        self._format = FORMATS[format]
+        self._written = self._waiting if path else deque[Exchange | Event](maxlen=0)
+        self.exchange = self._written.append if LEVELS["info"] >= self._level else deque[Exchange](maxlen=0).append
 
     def event(self, level: str, text: str) -> None:
         """Log what happened; `level` is one of LEVELS. From any thread."""
+        event = (time.time(), level, text)
+        if LEVELS[level] >= LEVELS["info"]:
+            with self._events_lock:
+                self.events.append(event)
         if LEVELS[level] >= self._level:
-            event = (time.time(), level, text)
-            self._waiting.append(event)
+            self._written.append(event)
             self._echoes.append(event)
+
+    def latest_events(self) -> list[Event]:
+        """`events`, the oldest first. From any thread."""
+        with self._events_lock:
+            return list(self.events)
+
+    def configure(self, path: str, level: str, max_bytes: int, backups: int, format: str) -> None:
+        """Go on with these settings, which mean what they mean to the constructor. From any thread, at any time.
+
+        What was logged before goes to the file and in the format that were there before; what waits because that file
+        cannot be written goes to the new one. A file whose path stays is not opened again. `exchange` may be another
+        object afterwards.
+
+        Raises OSError when a new path cannot be opened, or (EBUSY) when the file in use has taken nothing for 5 s; all
+        is then as it was.
+        """
+        if not self._writing.acquire(timeout=PATIENCE):
+            raise OSError(errno.EBUSY, "the log does not take what is written to it", self._file.path)
+        try:
+            file, place = self._file, path or os.devnull
+            if self._thread:
+                self._write_out()
+                if place != file.path:
+                    file.move(place)
+            file.path, file.max_bytes, file.backups = place, max_bytes, backups
+            self._choose(path, level, format)
+        finally:
+            self._writing.release()
 
     def start(self) -> None:
         """Open the file and begin to write. Raises OSError when the path cannot be opened."""
@@ -282,7 +251,7 @@ class Journal:
         """Write everything that was appended before, and end the thread; given up after 5 s if the disk hangs."""
         if self._thread:
             self._stopping.set()
-            self._thread.join(STOP_PATIENCE)
+            self._thread.join(PATIENCE)
             self._thread = None
 
     def reopen(self) -> None:
@@ -295,12 +264,14 @@ class Journal:
             taken = self.round()
             more = len(self._waiting) >= BATCH
             pause = 0.0 if more else SHORTEST_PAUSE if taken >= BUSY else LONGEST_PAUSE
-        for _ in range(len(self._waiting) // BATCH + 3):  # the batch in hand, the last that is not full, the last event
-            self.round()
-        if self._trouble:
-            self._lost += len(self._waiting) + self._file.unwritten.count(b"\n")
-            self._say(f"{self._file.path}: {self._lost} lines were lost: {self._trouble[1]}")
-        self._file.close()
+        self._echo_events()
+        with self._writing:
+            self._write_out()
+            if self._trouble:
+                _, path, reason = self._trouble
+                self._lost += len(self._waiting) + self._file.unwritten.count(b"\n")
+                self._say(f"{path}: {self._lost} lines were lost: {reason}")
+            self._file.close()
 
     def round(self) -> int:
         """One round of the writer: write the next batch, to a file that was looked after.
@@ -308,6 +279,15 @@ class Journal:
         Returns how many records it took.
         """
         self._echo_events()
+        with self._writing:
+            return self._write_batch()
+
+    def _write_out(self) -> None:
+        """Write all that waits. `_writing` is held."""
+        for _ in range(len(self._waiting) // BATCH + 3):  # the batch in hand, one that is not full, the last event
+            self._write_batch()
+
+    def _write_batch(self) -> int:
         taken = 0
         try:
             self._follow()
@@ -357,17 +337,17 @@ class Journal:
     def _suffer(self, error: OSError) -> None:
         """Note the trouble, say so once, and keep the memory bounded."""
         if not self._trouble:
-            reason = _reason(error)
-            self._trouble = (self._clock(), reason)
-            self._say(f"{self._file.path}: cannot be written: {reason}; the last {WAITING} lines are kept until it can")
+            path, reason = self._file.path, _reason(error)
+            self._trouble = (self._clock(), path, reason)
+            self._say(f"{path}: cannot be written: {reason}; the last {WAITING} lines are kept until it can")
         while len(self._waiting) > WAITING:
             self._waiting.popleft()
             self._lost += 1
 
     def _recover(self) -> None:
         if self._trouble:
-            since, reason = self._trouble
-            trouble = f"{self._file.path}: could not be written for {self._clock() - since:.1f} s: {reason}"
+            since, path, reason = self._trouble
+            trouble = f"{path}: could not be written for {self._clock() - since:.1f} s: {reason}"
             self.event("error", f"{trouble}; {self._lost} lines were lost")
             self._trouble = None
             self._lost = 0

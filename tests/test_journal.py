@@ -1,18 +1,31 @@
-"""load_balancer.log: its lines, its file through every misfortune, its thread."""
+"""load_balancer.log: its lines in each format, its file through every misfortune, its thread."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
+import signal
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from balancer import journal
-from balancer.journal import Exchange, Journal, text_event, text_exchange
+from balancer.journal import Exchange, Journal
+from balancer.log_formats import (
+    FORMATS,
+    haproxy_event,
+    haproxy_exchange,
+    json_event,
+    json_exchange,
+    text_event,
+    text_exchange,
+)
 from conftest import eventually
 
 DATE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}"
@@ -32,9 +45,10 @@ def exchange(
     tries: int = 1,
     request_id: str = "",
     bytes_in: int = 0,
+    moments: tuple[float, float, float, float] = (0.0, 0.0, 0.0001, 0.0007),  # head, leased, connected, answered
+    load: tuple[int, int, int, int] = (1, 1, 1, 0),  # connections, leases of all, of this backend, queued before
 ) -> Exchange:
-    times = (0.0, 0.0001, 0.0007, total)
-    return (ended, client, line, status, bytes_out, backend, *times, code, tries, request_id, bytes_in)
+    return (ended, client, line, status, bytes_out, backend, *moments, total, code, tries, request_id, bytes_in, *load)
 
 
 class Clock:
@@ -61,7 +75,7 @@ def lines(path: Path) -> list[str]:
     return [line[24:] for line in text.splitlines()]
 
 
-# Lines ------------------------------------------------------------------------------------------------------------
+# Lines: text ------------------------------------------------------------------------------------------------------
 
 
 def test_line_of_an_exchange_has_the_fields_in_the_order_of_the_conventions():
@@ -136,6 +150,269 @@ def test_event_is_one_line_of_printable_characters(text: str, shown: str):
     assert text_event((1_000_000_000.0, "info", text))[24:] == f"INFO {shown}"
 
 
+# Lines: haproxy ---------------------------------------------------------------------------------------------------
+
+SYSLOG_HEAD = r"[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d [!-~]+ haproxy\[\d+\]: "
+
+
+def behind_the_head(line: str) -> str:
+    found = re.match(SYSLOG_HEAD, line)
+    assert found, line
+    return line[found.end() :]
+
+
+def local(hour: int, minute: int, second: float) -> float:
+    """A moment of 20 November 2026, local time; a tenth of a millisecond later, lest a float fall short of it."""
+    return time.mktime((2026, 11, 20, hour, minute, int(second), 0, 0, -1)) + second % 1 + 0.0001
+
+
+REFUSED = (-1.0, -1.0, -1.0, -1.0)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "total", "fields", "line"),
+    [
+        (
+            (23, 50, 37.888),
+            0.001,
+            {"client": "127.0.0.1:56376", "bytes_out": 149, "moments": (0.0, 0.0, 0.0, 0.001)},
+            "127.0.0.1:56376 [20/Nov/2026:23:50:37.888] lb servers/s1 0/0/0/1/1 200 149 - - ---- 1/1/0/0/0 0/0 "
+            '"GET /x HTTP/1.1"',
+        ),
+        (
+            (23, 50, 37.990),
+            0.001,
+            {"client": "[::1]:60822", "line": b"GET /v6 HTTP/1.1", "bytes_out": 149, "moments": (0.0, 0.0, 0.0, 0.001)},
+            "::1:60822 [20/Nov/2026:23:50:37.990] lb servers/s1 0/0/0/1/1 200 149 - - ---- 1/1/0/0/0 0/0 "
+            '"GET /v6 HTTP/1.1"',
+        ),
+        (
+            (23, 50, 38.092),
+            0.001,
+            {
+                "client": "127.0.0.1:56380",
+                "line": b'GET /a"b#c{d}|e\xc3\xa4\x7f\x80\\~^` HTTP/1.1',
+                "bytes_out": 149,
+                "moments": (0.0, 0.0, 0.0, 0.001),
+            },
+            "127.0.0.1:56380 [20/Nov/2026:23:50:38.092] lb servers/s1 0/0/0/1/1 200 149 - - ---- 1/1/0/0/0 0/0 "
+            '"GET /a#22b#23c{d}|e#C3#A4#7F#80\\~^` HTTP/1.1"',
+        ),
+        (
+            (23, 50, 38.395),
+            1.001,
+            {
+                "client": "127.0.0.1:56402",
+                "line": b"",
+                "status": 408,
+                "bytes_out": 0,
+                "backend": "-",
+                "code": "cR",
+                "tries": 0,
+                "moments": REFUSED,
+            },
+            "127.0.0.1:56402 [20/Nov/2026:23:50:38.395] lb lb/<NOSRV> -1/-1/-1/-1/1001 408 0 - - cR-- 1/1/0/0/0 0/0 "
+            '"<BADREQ>"',
+        ),
+        (
+            (23, 50, 39.899),
+            1.001,
+            {"client": "127.0.0.1:56446", "status": 504, "bytes_out": 198, "code": "sH", "moments": (0, 0, 0, -1)},
+            "127.0.0.1:56446 [20/Nov/2026:23:50:39.899] lb servers/s1 0/0/0/-1/1001 504 198 - - sH-- 1/1/0/0/0 0/0 "
+            '"GET /x HTTP/1.1"',
+        ),
+        (
+            (23, 50, 41.204),
+            0.3,
+            {
+                "client": "127.0.0.1:42060",
+                "line": b"GET /queued HTTP/1.1",
+                "status": 503,
+                "bytes_out": 217,
+                "backend": "-",
+                "code": "sQ",
+                "tries": 0,
+                "moments": (0.0, -1.0, -1.0, -1.0),
+                "load": (2, 1, 0, 1),
+            },
+            "127.0.0.1:42060 [20/Nov/2026:23:50:41.204] lb servers/<NOSRV> 0/300/-1/-1/300 503 217 - - sQ-- "
+            '2/2/1/0/0 0/1 "GET /queued HTTP/1.1"',
+        ),
+        (
+            (23, 58, 27.715),
+            0.002,
+            {"client": "127.0.0.1:45896", "bytes_out": 149, "tries": 2, "moments": (0.0, 0.0, 0.0, 0.001)},
+            "127.0.0.1:45896 [20/Nov/2026:23:58:27.715] lb servers/s1 0/0/0/1/2 200 149 - - ---- 1/1/0/0/+1 0/0 "
+            '"GET /x HTTP/1.1"',
+        ),
+        (
+            (23, 58, 28.631),
+            0.0,
+            {
+                "client": "127.0.0.1:49878",
+                "status": 503,
+                "bytes_out": 217,
+                "backend": "-",
+                "code": "SC",
+                "tries": 0,
+                "moments": (0.0, -1.0, -1.0, -1.0),
+            },
+            "127.0.0.1:49878 [20/Nov/2026:23:58:28.631] lb servers/<NOSRV> 0/-1/-1/-1/0 503 217 - - SC-- 1/1/0/0/0 0/0 "
+            '"GET /x HTTP/1.1"',
+        ),
+        (
+            (23, 58, 26.801),
+            0.001,
+            {
+                "client": "127.0.0.1:59382",
+                "line": b"",
+                "status": 0,
+                "bytes_out": 146,
+                "moments": (0.0, 0.001, 0.001, -1.0),
+                "load": (2, 0, 0, 0),
+            },
+            "127.0.0.1:59382 [20/Nov/2026:23:58:26.801] lb servers/s1 1/0/1 146 -- 2/2/0/0/0 0/0",
+        ),
+        (
+            (23, 58, 29.536),
+            0.0,
+            {
+                "client": "127.0.0.1:41764",
+                "line": b"",
+                "status": 0,
+                "bytes_out": 0,
+                "backend": "-",
+                "code": "SC",
+                "tries": 0,
+                "moments": (0.0, -1.0, -1.0, -1.0),
+            },
+            "127.0.0.1:41764 [20/Nov/2026:23:58:29.536] lb servers/<NOSRV> -1/-1/0 0 SC 1/1/0/0/0 0/0",
+        ),
+    ],
+    ids=["ordinary", "ipv6", "escaped", "408", "504", "queued-in-vain", "retried", "503", "tcp", "tcp-503"],
+)
+def test_line_is_the_one_that_haproxy_wrote_of_such_an_exchange(
+    accepted: tuple[int, int, float], total: float, fields: dict[str, Any], line: str
+):
+    """The lines are HAProxy 2.6.12's, caught from its `log`, with `option httplog` and `option tcplog`."""
+    record = exchange(
+        **{"ended": local(*accepted) + total, "total": total, "backend": "s1", "load": (1, 0, 0, 0), **fields}
+    )
+    assert behind_the_head(haproxy_exchange(record)) == line
+
+
+def test_the_head_is_the_one_that_a_syslog_daemon_writes():
+    """`Feb  6 12:14:14 host haproxy[14389]: `, the moment when it was logged, the day padded with a blank."""
+    ended = time.mktime((2027, 2, 6, 12, 14, 14, 0, 0, -1)) + 0.5
+    line = haproxy_exchange(exchange(ended=ended, total=2.0))
+    assert re.match(
+        rf"Feb  6 12:14:14 \S+ haproxy\[{os.getpid()}\]: 127\.0\.0\.1:54321 \[06/Feb/2027:12:14:12\.500\]", line
+    )
+
+
+def test_status_that_was_not_sent_is_minus_one():
+    """As HAProxy has it for a client that went away before there was an answer."""
+    record = exchange(status=0, bytes_out=0, code="CH", moments=(0.0, 0.0, 0.0, -1.0))
+    assert "/-1/1 -1 0 - - CH-- " in haproxy_exchange(record)
+
+
+def test_times_never_add_up_to_more_than_the_whole():
+    """`halog` takes the rest for the time of the data, and complains when that is negative."""
+    record = exchange(moments=(0.0006, 0.0012, 0.0018, 0.0024), total=0.0024)
+    assert " 1/0/1/0/2 " in haproxy_exchange(record)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_no_format_has_a_line_end_or_a_control_in_its_line(name: str):
+    hostile = bytes(range(256))
+    text = FORMATS[name].exchange(exchange(line=hostile, request_id=hostile.decode("ascii", "surrogateescape")))
+    text += FORMATS[name].event((1_000_000_000.0, "info", hostile.decode("ascii", "surrogateescape") + "\u2028\x85"))
+    assert text.isprintable()
+    assert text.splitlines() == [text]
+
+
+def test_event_is_a_line_that_cannot_be_taken_for_an_exchange():
+    """What `halog` looks at is whether the seventh field begins with "[" and a day."""
+    line = haproxy_event((local(1, 2, 3), "warning", "[20/Nov/2026:01:02:03.000] lb servers/1 0/0/0/0/0 200 1\nx"))
+    assert line.startswith("Nov 20 01:02:03 ")
+    assert behind_the_head(line) == r"lb WARNING [20/Nov/2026:01:02:03.000] lb servers/1 0/0/0/0/0 200 1\x0ax"
+    assert line.split()[6] == "WARNING"
+
+
+# Lines: json ------------------------------------------------------------------------------------------------------
+
+
+def test_object_has_a_name_for_each_field_and_a_unit_for_each_time():
+    record = exchange(
+        ended=1_000_000_000.125,
+        moments=(0.001, 0.0035, 0.004, 0.0097),
+        total=0.0128,
+        request_id="f00d-1",
+        bytes_in=512,
+        load=(7, 5, 3, 2),
+    )
+    assert json.loads(json_exchange(record)) == {
+        "time": "2001-09-09T01:46:40.125Z",
+        "level": "info",
+        "client": "127.0.0.1:54321",
+        "request": "GET /x HTTP/1.1",
+        "status": 200,
+        "octets_in": 512,
+        "octets_out": 34,
+        "backend": "1",
+        "head_ms": 1.0,
+        "queue_ms": 2.5,
+        "connect_ms": 0.5,
+        "answer_ms": 5.7,
+        "total_ms": 12.8,
+        "code": "--",
+        "tries": 1,
+        "connections": 7,
+        "active": 5,
+        "backend_active": 3,
+        "queued_before": 2,
+        "id": "f00d-1",
+    }
+
+
+def test_what_was_not_reached_is_null_and_its_name_is_there_all_the_same():
+    record = exchange(line=b"", status=0, backend="-", code="SC", tries=0, moments=(0.0, -1.0, -1.0, -1.0))
+    made = json.loads(json_exchange(record))
+    nulls = [name for name, value in made.items() if value is None]
+    assert nulls == ["request", "status", "backend", "queue_ms", "connect_ms", "answer_ms", "id"]
+    assert made.keys() == json.loads(json_exchange(exchange())).keys()
+
+
+def test_wait_in_vain_is_a_time_in_the_queue():
+    record = exchange(code="sQ", moments=(0.001, -1.0, -1.0, -1.0), total=0.301)
+    made = json.loads(json_exchange(record))
+    assert (made["queue_ms"], made["connect_ms"]) == (300.0, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ('"},{"event":"forged\n', '"},{"event":"forged\n'),
+        ("Gerät 東京 \U0001f600", "Gerät 東京 \U0001f600"),
+        ("octets \udcff\udcc3", r"octets \xff\xc3"),
+        ("half of a pair \ud83d", r"half of a pair \ud83d"),
+    ],
+)
+def test_object_is_valid_whatever_is_in_it(text: str, read: str):
+    """RFC 8259 section 8.2: half of a surrogate pair is read differently by everybody, or by nobody."""
+    assert json.loads(json_event((1_000_000_000.0, "info", text))) == {
+        "time": "2001-09-09T01:46:40.000Z",
+        "level": "info",
+        "event": read,
+    }
+    assert json.loads(json_exchange(exchange(request_id=text, backend=text)))["id"] == read
+
+
+def test_octets_of_a_request_that_are_not_ascii_stand_as_in_the_text_format():
+    made = json.loads(json_exchange(exchange(line=b'GET /\xff\x00"\\')))
+    assert made["request"] == 'GET /\\xff\x00"\\'
+
+
 # The thread -------------------------------------------------------------------------------------------------------
 
 
@@ -192,15 +469,16 @@ def test_exchange_is_the_append_of_a_deque(path: Path):
     assert type(Journal(str(path)).exchange).__name__ == "builtin_function_or_method"
 
 
-def test_a_record_that_was_built_wrongly_is_told_and_the_log_goes_on(path: Path):
-    log = Journal(str(path))
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_record_that_was_built_wrongly_is_told_and_the_log_goes_on(path: Path, name: str):
+    log = Journal(str(path), format=name)
     log.start()
     log.exchange(("nonsense", "\n") * 7)  # type: ignore[arg-type]
     log.exchange(exchange())
     log.stop()
-    first, second = lines(path)
-    assert first.startswith("ERROR no line can be made of ('nonsense', ")
-    assert second.startswith("INFO 127.0.0.1:54321 ")
+    first, second = path.read_text().splitlines()
+    assert "no line can be made of ('nonsense', " in first
+    assert "127.0.0.1:54321" in second
 
 
 # Levels, echo -----------------------------------------------------------------------------------------------------
@@ -269,6 +547,207 @@ def test_echo_without_the_characters_is_given_escapes(path: Path):
     log.event("info", "Gerät")
     log.stop()
     assert octets.getvalue().endswith(b"INFO Ger\\xe4t\n")
+
+
+# The last events --------------------------------------------------------------------------------------------------
+
+
+def test_events_are_kept_whatever_the_level_of_the_file():
+    log = Journal("", level="error")
+    for level in journal.LEVELS:
+        log.event(level, level[0])
+    assert [event[1:] for event in log.latest_events()] == [("info", "i"), ("warning", "w"), ("error", "e")]
+
+
+def test_the_last_events_are_kept_and_no_more():
+    log = Journal("")
+    for number in range(journal.EVENTS + 10):
+        log.event("info", str(number))
+    kept = [int(text) for _, _, text in log.latest_events()]
+    assert kept == list(range(10, journal.EVENTS + 10))
+
+
+def test_events_can_be_copied_while_others_are_added():
+    log = Journal("")
+    done = threading.Event()
+
+    def add() -> None:
+        for number in range(20_000):
+            log.event("info", str(number))
+        done.set()
+
+    thread = threading.Thread(target=add)
+    thread.start()
+    while not done.is_set():
+        numbers = [int(text) for _, _, text in log.latest_events()]
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else True
+    thread.join()
+
+
+# Changed while it runs --------------------------------------------------------------------------------------------
+
+AS_IT_WAS = {"level": "info", "max_bytes": 0, "backups": 0, "format": "text"}
+
+
+@pytest.fixture
+def running(path: Path):
+    """A journal whose clock stands still, so that no look at where its path leads ever falls due."""
+    log = Journal(str(path), clock=Clock())
+    log.start()
+    yield log
+    log.stop()
+
+
+def test_what_was_logged_before_a_change_goes_to_the_old_file_in_the_old_format(
+    running: Journal, path: Path, tmp_path: Path
+):
+    other = tmp_path / "other.log"
+    for number in range(3 * journal.BATCH + 7):
+        running.exchange(exchange(bytes_out=number))
+    running.configure(**{**AS_IT_WAS, "path": str(other), "format": "json"})
+    running.exchange(exchange(bytes_out=-1))
+    running.event("info", "after")
+    running.stop()
+    assert [int(line.split()[6]) for line in lines(path)] == list(range(3 * journal.BATCH + 7))
+    first, second = map(json.loads, other.read_text().splitlines())
+    assert (first["octets_out"], second["event"]) == (-1, "after")
+
+
+def test_format_changes_within_a_file_that_is_not_opened_again(running: Journal, path: Path):
+    """Renamed, so that it shows where the lines go: to the file that was open."""
+    running.event("info", "before")
+    path.rename(path.with_suffix(".old"))
+    running.configure(**{**AS_IT_WAS, "path": str(path), "format": "json"})
+    running.event("info", "after")
+    running.stop()
+    before, after = path.with_suffix(".old").read_text().splitlines()
+    assert before.endswith("INFO before")
+    assert json.loads(after)["event"] == "after"
+    assert not path.exists()
+
+
+def test_nothing_is_lost_or_doubled_by_changes_while_others_log(running: Journal, path: Path, tmp_path: Path):
+    total = 20_000
+
+    def append() -> None:
+        for number in range(total):
+            running.exchange(exchange(bytes_out=number))
+
+    thread = threading.Thread(target=append)
+    thread.start()
+    changes = 0
+    while thread.is_alive():
+        changes += 1
+        running.configure(**{**AS_IT_WAS, "path": str(tmp_path / f"{changes % 3}.log")})
+    thread.join()
+    running.stop()
+    files = [path, *(tmp_path / f"{number}.log" for number in range(3))]
+    found = [int(line.split()[6]) for file in files if file.exists() for line in lines(file)]
+    assert sorted(found) == list(range(total))
+
+
+def test_level_changes_for_exchanges_and_events(running: Journal, path: Path):
+    running.configure(**{**AS_IT_WAS, "path": str(path), "level": "warning"})
+    running.event("info", "not this")
+    running.exchange(exchange())
+    running.event("warning", "this")
+    running.configure(**{**AS_IT_WAS, "path": str(path), "level": "debug"})
+    running.event("debug", "this too")
+    running.exchange(exchange())
+    running.stop()
+    assert [" ".join(line.split()[:2]) for line in lines(path)] == [
+        "WARNING this",
+        "DEBUG this",
+        "INFO 127.0.0.1:54321",
+    ]
+
+
+def test_log_is_switched_off_and_on(running: Journal, path: Path, tmp_path: Path):
+    running.event("info", "one")
+    running.configure(**{**AS_IT_WAS, "path": ""})
+    running.event("info", "two")
+    running.exchange(exchange())
+    running.configure(**{**AS_IT_WAS, "path": str(path)})
+    running.event("info", "three")
+    running.stop()
+    assert lines(path) == ["INFO one", "INFO three"]
+
+
+def test_limits_of_size_change(tmp_path: Path, path: Path, running: Journal):
+    running.configure(**{**AS_IT_WAS, "path": str(path), "max_bytes": 200, "backups": 1})
+    for number in range(5):
+        running.event("info", f"{number} {'x' * 60}")
+        running.configure(**{**AS_IT_WAS, "path": str(path), "max_bytes": 200, "backups": 1})
+    running.stop()
+    assert [line.split()[1] for line in lines(path)] == ["4"]
+    assert [line.split()[1] for line in lines(path.with_suffix(".log.1"))] == ["2", "3"]
+
+
+def test_path_that_cannot_be_opened_changes_nothing(running: Journal, path: Path, tmp_path: Path):
+    with pytest.raises(FileNotFoundError):
+        running.configure(str(tmp_path / "missing" / "lb.log"), "error", 0, 0, "json")
+    running.event("info", "as before")
+    running.exchange(exchange())
+    running.stop()
+    assert [" ".join(line.split()[:3]) for line in lines(path)] == [
+        "INFO as before",
+        'INFO 127.0.0.1:54321 "GET',
+    ]
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+def test_what_a_full_disk_did_not_take_goes_to_the_new_file(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path.symlink_to(FULL)
+    log = Journal(str(path))
+    log.start()
+    for number in range(journal.BATCH + 5):
+        log.event("info", str(number))
+    log.configure(**{**AS_IT_WAS, "path": str(tmp_path / "other.log")})
+    log.event("info", "after")
+    log.stop()
+    *shown, last = lines(tmp_path / "other.log")
+    assert shown == [*(f"INFO {number}" for number in range(journal.BATCH + 5)), "INFO after"]
+    assert re.fullmatch(
+        rf"ERROR {path}: could not be written for \d\.\d s: No space left on device; 0 lines were lost", last
+    )
+    assert capsys.readouterr().err.count("No space left on device") == 1
+
+
+def test_file_that_takes_nothing_refuses_the_change(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A pipe that nobody empties, a disk that hangs: whoever changes the configuration must not hang with it."""
+    monkeypatch.setattr(journal, "PATIENCE", 0.05)
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    log = Journal(str(path))
+    log.start()
+    try:
+        for _ in range(20):
+            log.event("info", "x" * 10_000)  # more than a pipe holds
+        eventually(lambda: log._writing.locked() and not log._waiting, "the writer is stuck")
+        with pytest.raises(OSError, match="does not take what is written to it"):
+            log.configure(**{**AS_IT_WAS, "path": str(tmp_path / "other.log")})
+    finally:
+        os.set_blocking(reader, True)
+        emptied = threading.Thread(target=lambda: [None for _ in iter(lambda: os.read(reader, 65536), b"")])
+        emptied.start()
+        monkeypatch.undo()
+        log.stop()
+        emptied.join()
+        os.close(reader)
+    assert not (tmp_path / "other.log").exists()
+
+
+def test_change_before_the_start_counts_from_the_start(path: Path, tmp_path: Path):
+    log = Journal(str(path))
+    log.configure(str(tmp_path / "other.log"), "warning", 0, 0, "json")
+    log.start()
+    log.exchange(exchange())
+    log.event("error", "one")
+    log.stop()
+    assert not path.exists()
+    assert json.loads((tmp_path / "other.log").read_text())["event"] == "one"
 
 
 # The file: opened, moved, rotated ---------------------------------------------------------------------------------
@@ -349,6 +828,24 @@ def test_reopen_does_not_wait_for_the_second(path: Path, rounds):
     it.log.reopen()
     it.write("after", later=0.0)
     assert lines(path) == ["INFO after"]
+
+
+def test_signal_has_the_file_opened_again_and_no_line_is_lost(path: Path, running: Journal):
+    """What logrotate's postrotate does: rename, then a signal."""
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: running.reopen())
+    try:
+        for number in range(100):
+            running.exchange(exchange(bytes_out=number))
+        path.rename(path.with_suffix(".old"))
+        signal.raise_signal(signal.SIGUSR1)
+        for number in range(100, 200):
+            running.exchange(exchange(bytes_out=number))
+        eventually(path.exists, "the path leads to a file")
+        running.stop()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    shown = [*(lines(path.with_suffix(".old"))), *lines(path)]
+    assert [int(line.split()[6]) for line in shown] == list(range(200))
 
 
 def test_file_is_rotated_before_it_grows_beyond_its_size(tmp_path: Path, path: Path, rounds):
