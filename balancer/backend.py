@@ -1,13 +1,14 @@
 """One backend: where it is, whether it lives, how much it has in hand.
 
-Five questions are kept apart: `healthy` is what probes and refused connections say; `admin` is what the operator
-says; `full` is what its `max_connections` says; `eligible` is the first two; `available` is all of them.
+Six questions are kept apart: `healthy` is what probes and refused connections say; `admin` is what the operator says;
+`leaving` is whether the configuration has it no longer; `full` is what its `max_connections` says; `eligible` is the
+first three; `available` is all of them.
 
 Rise and fall are one streak of results that contradict `healthy`; the first that agrees clears it, so with fall 3
 "fail, fail, pass, fail" stays up. The very first result decides at once (HAProxy's init-state).
 
 A backend belongs to a pool, and what several threads change here (`healthy`, `admin`, `active`, the streak) is
-changed under that pool's lock only. `idle`, `answers` and `average` are the reactor's alone.
+changed under that pool's lock only. `idle`, `answers`, `average` and most of `tally` are the reactor's alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from balancer.config import Server
 from balancer.http1 import AnswerReader, HeadLimits
+from balancer.metrics import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,26 +63,28 @@ class Backend:
         "host",
         "id",
         "idle",
+        "leaving",
         "max_connections",
         "port",
         "probed",
+        "scaled",
         "streak",
+        "tally",
         "turn",
         "weight",
     )
 
     def __init__(self, server: Server, head_limits: HeadLimits | None = None) -> None:
-        self.id = server.id
         self.host = server.host
         self.port = server.port
         self.address = server.address
-        self.weight = server.weight
-        self.backup = server.backup
-        self.max_connections = server.max_connections
+        self.configure(server)
 
         self.endpoints: tuple[Endpoint, ...] = literal_endpoints(server.host, server.port)
         self.healthy = True
         self.admin = Admin.READY
+        self.leaving = False  # it was taken out of the configuration and ends what it has in hand
+        self.scaled = False  # started by the load, and not of the configuration
         self.probed = False  # until the first result, which decides at once
         self.streak = 0  # results in a row that contradict `healthy`
         self.failures = 0  # failed results in a row, for the log
@@ -93,6 +97,14 @@ class Backend:
         self.average_at = 0.0
         self.idle: list[Any] = []  # kept upstream connections, the newest last
         self.answers = AnswerReader(head_limits or HeadLimits())
+        self.tally = Tally()
+
+    def configure(self, server: Server) -> None:
+        """Take on the settings of an entry with the same address. Once it is in a pool, that pool's lock is held."""
+        self.id = server.id
+        self.weight = server.weight
+        self.backup = server.backup
+        self.max_connections = server.max_connections
 
     def __repr__(self) -> str:
         kind = "backup" if self.backup else "backend"
@@ -104,6 +116,8 @@ class Backend:
         """UP, DOWN, DRAIN or MAINT: what the status page and the log call it."""
         if self.admin is not Admin.READY:
             return self.admin.name
+        if self.leaving:
+            return Admin.DRAIN.name
         return "UP" if self.healthy else "DOWN"
 
     @property
@@ -112,8 +126,8 @@ class Backend:
 
     @property
     def eligible(self) -> bool:
-        """May it be given work as far as probes and the operator are concerned?"""
-        return self.healthy and self.admin is READY
+        """May it be given work as far as probes, the operator and the configuration are concerned?"""
+        return self.healthy and self.admin is READY and not self.leaving
 
     @property
     def available(self) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import count
-from typing import Any, Protocol
+from typing import Protocol
 
 from balancer.backend import Backend
 from balancer.config import Config
+from balancer.explain import Incident, Incidents, Trail
 from balancer.http1 import HeadLimits, KnownFields
-from balancer.journal import Journal
+from balancer.journal import Exchange, Journal
+from balancer.metrics import Tally
 from balancer.pool import Pool
 from balancer.pump import Pumps
 from balancer.reactor import Reactor, Timed
@@ -48,26 +50,41 @@ class Frontend:
         upstreams: Upstreams,
         pumps: Pumps,
         journal: Journal,
+        sessions: Collection[Session],
         on_closed: Callable[[Session], None],
     ) -> None:
         self.reactor = reactor
         self.pool = pool
         self.upstreams = upstreams
         self.pumps = pumps
-        self.timeouts = config.timeouts
-        self.limits = config.limits
-        self.head_limits = HeadLimits(
-            config.limits.head_bytes, config.limits.request_line_bytes, config.limits.fields
-        )
-        self.known_fields: KnownFields = {}
-        self.record: Callable[[tuple[Any, ...]], None] = journal.exchange
+        self._journal = journal
+        self.sessions = sessions  # all of the listener's
         self.on_closed = on_closed
+        self.known_fields: KnownFields = {}
+        self.tally = Tally()  # of what no backend had to do with
+        self.incidents = Incidents()
+        self.configure(config)
         self.proto = b"http"
         self.authority = b""  # host:port as the listener has it, for clients that name no host
         self.draining = False
         self.drain_grace = DRAIN_GRACE
         self._id_prefix = secrets.token_hex(4)
         self._ids = count(1)
+
+    def configure(self, config: Config) -> None:
+        """Go by these settings from the next request on; a connection keeps the limits of heads it began with."""
+        self.timeouts = config.timeouts
+        self.limits = config.limits
+        limits = config.limits
+        self.head_limits = HeadLimits(limits.head_bytes, limits.request_line_bytes, limits.fields)
+        self.policy = config.algorithm
+        self.slow = config.log.slow
+        self.record: Callable[[Exchange], None] = self._journal.exchange
+
+    def explain(self, record: Exchange, told: str, began: float, trail: Trail | None) -> None:
+        """Keep what there is to say about an exchange that failed, was retried or was slow."""
+        steps = tuple(trail.steps) if trail is not None else ()
+        self.incidents.keep(Incident(record, self.policy, told, began, steps, self.pool.standings()))
 
     def request_id(self) -> str:
         """A name for one exchange, for the client and the log, unlike any other of this or another run."""

@@ -444,9 +444,16 @@ class AnswerReader:
             answer.fields += b"Connection: Upgrade\r\nUpgrade: %b\r\n" % b", ".join(upgrades)
 
 
-def answer_head(answer: Answer, framing: int | None, minor: int, persistent: bool, now: float) -> bytes:
-    """The head that goes to the client: framing None writes no framing field; `minor` is of the client's version."""
+def answer_head(
+    answer: Answer, framing: int | None, minor: int, persistent: bool, now: float, request_id: str = ""
+) -> bytes:
+    """The head that goes to the client: framing None writes no framing field; `minor` is of the client's version.
+
+    A request id of ours is named where there is one, unless the backend has one of its own.
+    """
     parts = [answer.line, answer.fields]
+    if request_id and b"\nx-request-id:" not in b"\n" + answer.fields.lower():
+        parts.append(b"X-Request-Id: %b\r\n" % request_id.encode())
     if not answer.dated:
         parts.append(b"Date: %b\r\n" % http_date(now))
     if framing == CHUNKED:

@@ -29,6 +29,7 @@ from typing import Final
 
 from balancer.backend import Backend
 from balancer.config import format_address
+from balancer.explain import Trail
 from balancer.framing import LAST_CHUNK, Body, CloseBody, Encoder, FramingError, LengthBody, as_chunk, as_is, body_of
 from balancer.frontend import Frontend
 from balancer.http1 import (
@@ -87,6 +88,7 @@ class HttpSession:
         "_down_turns",
         "_fd",
         "_front",
+        "_head_after",
         "_number",
         "_octets_in",
         "_octets_out",
@@ -100,6 +102,7 @@ class HttpSession:
         "_state",
         "_status",
         "_told",
+        "_told_reason",
         "_tunnel",
         "_up_body",
         "_up_encode",
@@ -113,6 +116,7 @@ class HttpSession:
         "client_ip",
         "deadline",
         "refusal",
+        "trail",
         "tried",
     )
 
@@ -144,6 +148,7 @@ class HttpSession:
     def _begin_exchange(self) -> None:
         """Forget the last exchange."""
         self._began = NEVER  # when the request's first octet was there
+        self._head_after = -1.0
         self._connected_after = -1.0
         self._answered_after = -1.0
         self._octets_in = 0
@@ -151,6 +156,7 @@ class HttpSession:
         self._status = 0
         self._code = "--"
         self._request_id = ""
+        self.trail: Trail | None = None
         self._answer: Answer | None = None
         self._answer_buffer = b""
         self._up_body: Body | None = None  # while octets of the request's body are missing
@@ -297,6 +303,7 @@ class HttpSession:
         self._request = request
         self._persistent = request.persistent and not self._front.draining
         self._state = SEEKING
+        self._head_after = reactor.now - self._began
         self.deadline = NEVER
         if request.length == 0:
             self._buffer = rest
@@ -514,6 +521,8 @@ class HttpSession:
             and self._up_body is None
             and self._up_pump is None
             and not self._up_failed
+            and self.trail is None
+            and after < self._front.slow
         ):
             # The common case: all of it is here, and its head needs no thought.
             out = (answer.plain if self._persistent else answer.closing) + buffer[length:]
@@ -559,11 +568,14 @@ class HttpSession:
             self._fail(502, "PH", f"in the answer of backend {self._backend_id}: {error}")
             return
         self._state = ANSWERING
+        if self.trail is not None or self._answered_after >= self._front.slow:
+            # It can be explained, so it gets a name; unless the backend gave it one.
+            self._request_id = self._front.request_id()
         self._down_body = body
         self._down_turns = TURNS
         self._down_encode = encode
         self._octets_out = len(content)
-        head = answer_head(answer, framing, request.minor, self._persistent, time.time())
+        head = answer_head(answer, framing, request.minor, self._persistent, time.time(), self._request_id)
         self._send_down(head + encode(content))
 
     def _download(self, data: bytes) -> None:
@@ -693,6 +705,7 @@ class HttpSession:
     def _seek_again(self) -> None:
         self._upstream = None
         self._state = SEEKING
+        self._connected_after = -1.0
         self.deadline = NEVER
 
     # ---- the end of an exchange -------------------------------------------------------------------------------
@@ -758,6 +771,7 @@ class HttpSession:
             body=request is None or request.method != b"HEAD",
         )
         self._told = True
+        self._told_reason = reason
         self._octets_out = len(answer) - answer.index(b"\r\n\r\n") - 4
         try:
             if self._sock.send(answer, DONTWAIT) < len(answer):
@@ -935,25 +949,45 @@ class HttpSession:
             self._reactor.add(self._fd, READ, self.on_client)
 
     def _log(self) -> None:
-        request, upstream = self._request, self._upstream
-        self._front.record(
-            (
-                time.time(),
-                self._client,
-                request.line if request is not None else self._buffer.partition(b"\r\n")[0][:LONGEST_LOGGED],
-                self._status,
-                self._octets_out,
-                upstream.backend.id if upstream is not None else self._backend_id,
-                -1.0,
-                self._connected_after,
-                self._answered_after,
-                self._reactor.now - self._began,
-                self._code,
-                len(self.tried) + (upstream is not None),
-                self._request_id,
-                self._octets_in,
-            )
+        """Count the exchange, log it, and keep what there is to explain."""
+        front, request, upstream, trail = self._front, self._request, self._upstream, self.trail
+        total = self._reactor.now - self._began
+        odd = self._code != "--" or trail is not None or self._answered_after >= front.slow
+        if odd and not self._request_id:
+            self._request_id = front.request_id()
+        if upstream is not None:
+            backend = upstream.backend
+            name, active, tally = backend.id, backend.active, backend.tally
+        else:
+            name, active, tally = self._backend_id, 0, front.tally
+        tally.add(self._status, self._octets_in, self._octets_out, total, self._code)
+        leased_after = self._head_after if self._connected_after >= 0.0 or self.tried else -1.0
+        if trail is not None and trail.leased_at is not None:
+            leased_after = trail.leased_at - self._began
+        record = (
+            time.time(),
+            self._client,
+            request.line if request is not None else self._buffer.partition(b"\r\n")[0][:LONGEST_LOGGED],
+            self._status,
+            self._octets_out,
+            name,
+            self._head_after,
+            leased_after,
+            self._connected_after,
+            self._answered_after,
+            total,
+            self._code,
+            len(self.tried) + (upstream is not None),
+            self._request_id,
+            self._octets_in,
+            len(front.sessions),
+            front.pool.in_hand,
+            active,
+            trail.queued if trail is not None else 0,
         )
+        front.record(record)
+        if odd:
+            front.explain(record, self._told_reason if self._told else "", self._began, trail)
 
 
 def _pump(work: Callable[[], None], reactor: Reactor, ended: Callable[[], None]) -> None:

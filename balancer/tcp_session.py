@@ -11,6 +11,7 @@ import time
 
 from balancer.backend import Backend
 from balancer.config import format_address
+from balancer.explain import Trail
 from balancer.frontend import Frontend
 from balancer.reactor import NEVER
 from balancer.tunnel import Tunnel
@@ -34,6 +35,7 @@ class TcpSession:
         self.tried: list[Backend] = []
         self.refusal = NONE_AVAILABLE
         self.attempt: Attempt | None = None
+        self.trail: Trail | None = None
         self.deadline = NEVER
 
     def start(self) -> None:
@@ -102,28 +104,42 @@ class TcpSession:
         self._finished = True
         front = self._front
         front.reactor.timed.discard(self)
-        upstream, tunnel = self._upstream, self._tunnel
+        upstream, tunnel, trail = self._upstream, self._tunnel, self.trail
         self._upstream = self._tunnel = None  # the tunnel refers to this session, too
         self._sock.close()
+        octets_in = tunnel.up.flow.octets if tunnel else 0
+        octets_out = tunnel.down.flow.octets if tunnel else 0
+        total = front.reactor.now - self._began
+        backend = upstream.backend if upstream else None
+        (backend or front).tally.add(0, octets_in, octets_out, total, code)
+        leased_after = 0.0 if upstream or self.tried else -1.0
+        if trail is not None and trail.leased_at is not None:
+            leased_after = trail.leased_at - self._began
+        odd = code != "--" or trail is not None
+        record = (
+            time.time(),
+            self._client,
+            b"",
+            0,
+            octets_out,
+            backend.id if backend else self.tried[-1].id if self.tried else "-",
+            0.0,
+            leased_after,
+            self._connected_after,
+            -1.0,
+            total,
+            code,
+            len(self.tried) + (upstream is not None),
+            front.request_id() if odd else "",
+            octets_in,
+            len(front.sessions),
+            front.pool.in_hand,
+            backend.active if backend else 0,
+            trail.queued if trail is not None else 0,
+        )
+        front.record(record)
+        if odd:
+            front.explain(record, "", self._began, trail)
         if upstream is not None:
             front.upstreams.discard(upstream)
-        backend = upstream.backend.id if upstream else self.tried[-1].id if self.tried else "-"
-        front.record(
-            (
-                time.time(),
-                self._client,
-                b"",
-                0,
-                tunnel.down.flow.octets if tunnel else 0,
-                backend,
-                -1.0,
-                self._connected_after,
-                -1.0,
-                front.reactor.now - self._began,
-                code,
-                len(self.tried) + (upstream is not None),
-                "",
-                tunnel.up.flow.octets if tunnel else 0,
-            )
-        )
         front.on_closed(self)

@@ -26,6 +26,7 @@ from typing import Protocol
 
 from balancer.backend import Backend, connect_failure
 from balancer.config import Limits, Timeouts
+from balancer.explain import Trail
 from balancer.pool import Pool
 from balancer.pump import RESET
 from balancer.reactor import NEVER, READ, WRITE, Reactor
@@ -54,6 +55,7 @@ class Seeker(Protocol):
     refusal: Refusal  # set while it waits: what it is told if that was in vain
     deadline: float
     attempt: Attempt | None  # the connection being opened, so that the seeker can cancel it
+    trail: Trail | None  # what happened on the way, once something did
 
     def on_backend(self, mask: int) -> None: ...
 
@@ -205,9 +207,10 @@ class Upstreams:
     ) -> None:
         self.reactor = reactor
         self.timeouts = timeouts
+        self.limits = limits
+        self.retries = retries
+        self.worth_waiting: Callable[[], float] = lambda: 0.0  # asked where none is available: for how many seconds?
         self._pool = pool
-        self._limits = limits
-        self._retries = retries
         self._on_refused = on_refused
         self._queue: deque[Seeker] = deque()
         self._serving = False  # is the queue being served, somewhere down the stack?
@@ -239,6 +242,8 @@ class Upstreams:
     def renew(self, seeker: Seeker, stale: Upstream) -> None:
         """Replace a kept connection that turned out to be closed by a fresh one to the same backend."""
         self.forget(stale)
+        stale.backend.tally.retries += 1
+        self.note(seeker, "a kept connection turned out to be closed; a fresh one is opened", stale.backend)
         self._open(seeker, stale.backend)
 
     def seek_another(self, seeker: Seeker, failed: Upstream, refusal: Refusal) -> None:
@@ -248,8 +253,10 @@ class Upstreams:
         backend that takes each request and answers none would else be asked for as long as there is patience.
         """
         seeker.tried.append(failed.backend)
+        failed.backend.tally.response_errors += 1
+        self.note(seeker, refusal[2], failed.backend)
         self.discard(failed)
-        if len(seeker.tried) > self._retries:
+        if len(seeker.tried) > self.retries:
             seeker.unserved(*refusal)
         else:
             self._try_next(seeker, refusal)
@@ -298,6 +305,13 @@ class Upstreams:
         self._pool.release(backend)
         if self._queue:
             self._serve_queue()
+
+    def note(self, seeker: Seeker, text: str, backend: Backend | None = None) -> None:
+        """Leave on the seeker's trail what has happened."""
+        if seeker.trail is None:
+            seeker.trail = Trail()
+        name = backend.id if backend is not None else ""
+        seeker.trail.note(self.reactor.now, text, name, seeker.tried, self._pool.standings())
 
     def cancel(self, seeker: Seeker) -> None:
         """The seeker has gone, or waited long enough."""
@@ -360,6 +374,8 @@ class Upstreams:
 
     def _serve(self, seeker: Seeker, backend: Backend) -> None:
         """Let one who waited have this lease. Whatever comes of that concerns nobody but that seeker."""
+        if seeker.trail is not None:
+            seeker.trail.leased_at = self.reactor.now
         if not seeker.tried:
             seeker.deadline = NEVER  # else it holds until there is a connection, or there would be no end of it
         self._connect(seeker, backend)
@@ -373,8 +389,10 @@ class Upstreams:
         if error != errno.EADDRNOTAVAIL:  # our ports towards this address are used up, which is no fault of its own
             self._pool.report(backend, False, connect_failure(OSError(error, os.strerror(error))))
             self._on_refused(backend)
-        self.release(backend)
+        backend.tally.connect_errors += 1
         seeker.tried.append(backend)
+        self.note(seeker, connect_failure(OSError(error, os.strerror(error))), backend)
+        self.release(backend)
         names = ", ".join(backend.id for backend in seeker.tried)
         if error == errno.ETIMEDOUT:
             refusal = (504, "sC", f"no connection to a backend within the time allowed (tried {names})")
@@ -384,11 +402,12 @@ class Upstreams:
 
     def _try_next(self, seeker: Seeker, refusal: Refusal) -> None:
         backend = None
-        if len(seeker.tried) <= self._retries:
+        if len(seeker.tried) <= self.retries:
             backend = self._pool.lease(seeker.client_ip, seeker.tried)
         if backend is None:
             self._wait(seeker, refusal)
         else:
+            seeker.tried[-1].tally.redispatches += 1
             self._connect(seeker, backend)
 
     def _connect(self, seeker: Seeker, backend: Backend) -> None:
@@ -418,15 +437,23 @@ class Upstreams:
 
     def _wait(self, seeker: Seeker, refusal: Refusal | None) -> None:
         """There is nothing for this seeker now. `refusal` is what came of its last try, None before the first."""
-        if len(seeker.tried) <= self._retries and self._pool.only_full(seeker.tried):
+        if len(seeker.tried) <= self.retries and self._pool.only_full(seeker.tried):
             place, patience, seeker.refusal = self._queue, self.timeouts.queue, QUEUED_IN_VAIN
+            why = "every backend that was not tried is full"
         else:
-            place, patience, seeker.refusal = self._stranded, self.timeouts.no_backend, refusal or NONE_AVAILABLE
+            patience = max(self.timeouts.no_backend, self.worth_waiting())
+            place, seeker.refusal = self._stranded, refusal or NONE_AVAILABLE
+            why = "no backend is available that was not tried" if seeker.tried else "no backend is available"
         if not patience:
+            self.note(seeker, why)
             seeker.unserved(*(refusal or seeker.refusal))
-        elif self.waiting >= self._limits.queue:
+        elif self.waiting >= self.limits.queue:
+            self.note(seeker, f"{why}, and {self.waiting} wait already")
             seeker.unserved(*(refusal or QUEUE_FULL))
         else:
+            self.note(seeker, f"{why}; it waits, {self.waiting} before it")
+            assert seeker.trail is not None
+            seeker.trail.queued = self.waiting
             if seeker.deadline == NEVER:
                 seeker.deadline = self.reactor.now + patience
             place.append(seeker)

@@ -57,7 +57,7 @@ def tcp_lines(tmp_path: Path) -> list[str]:
 def told(line: str) -> tuple[str, str, str, str]:
     """Octets in and out, backend, code and tries of a line."""
     match = re.fullmatch(
-        r"127\.0\.0\.1:\d+ tcp (\d+/\d+) backend=(\S+) \d+\.\dms code=(\S\S) tries=(\d+)",
+        r"127\.0\.0\.1:\d+ tcp (\d+/\d+) backend=(\S+) \d+\.\dms code=(\S\S) tries=(\d+)(?: id=\S+)?",
         line,
     )
     assert match, line

@@ -17,6 +17,7 @@ import pytest
 from balancer import upstream as upstream_module
 from balancer.backend import Admin, Backend
 from balancer.config import Limits, Server, Timeouts
+from balancer.explain import Trail
 from balancer.pickers import RoundRobin
 from balancer.pool import Pool
 from balancer.reactor import NEVER, READ, Reactor
@@ -46,6 +47,7 @@ class Seeker:
         self.refusal: Refusal = NONE_AVAILABLE
         self.deadline = NEVER
         self.attempt: Attempt | None = None
+        self.trail: Trail | None = None
         self.upstream: Upstream | None = None
         self.told: queue.SimpleQueue[str | Refusal] = queue.SimpleQueue()
 
