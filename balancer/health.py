@@ -40,10 +40,10 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from balancer import __version__
 from balancer.backend import Admin, Backend, Endpoint, connect_failure, in_words, literal_endpoints, resolve
 from balancer.config import HealthCheck
 from balancer.pool import Pool
+from balancer.version import __version__
 
 HEAD_BYTES = 65536  # octets of one head, after which it is no head
 REST_BYTES = 1 << 20  # octets after the head that are read for the sake of politeness
@@ -381,6 +381,10 @@ class HealthChecker:
         """Have a backend probed at once: it was added, or it refused a connection. From any thread."""
         self._post(partial(self._hasten, backend))
 
+    def configure(self, settings: HealthCheck) -> None:
+        """Probe by these settings, every backend at once, and look at the pool's membership. From any thread."""
+        self._post(partial(self._configure, settings))
+
     def turn(self, patience: float = math.inf) -> None:
         """One round: wait for whatever comes first, at most `patience` seconds, and do what is to be done."""
         self._notice_members()
@@ -416,7 +420,7 @@ class HealthChecker:
             return
 
     def _pause(self, patience: float) -> float:
-        """Seconds to wait. A change of the pool's membership wakes nobody, so it is looked at once an interval."""
+        """Seconds to wait. Who changes the pool's membership calls `configure`; still it is looked at now and then."""
         longest = min(patience, self._settings.interval)
         return max(0.0, min(longest, self._timers[0][0] - self._clock())) if self._timers else longest
 
@@ -443,6 +447,13 @@ class HealthChecker:
         if watch.probe is not None:
             watch.probe.close()
             watch.probe = None
+
+    def _configure(self, settings: HealthCheck) -> None:
+        if settings == self._settings:
+            return
+        self._settings = settings
+        for backend in self._watches:
+            self._hasten(backend)
 
     def _hasten(self, backend: Backend) -> None:
         watch = self._watches.get(backend)

@@ -11,7 +11,6 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from itertools import count
 
 from balancer.config import format_address
 from balancer.frontend import Frontend, Session
@@ -59,9 +58,9 @@ class Listener:
         self._reactor = reactor
         self._sock = sock
         self._make_session = make_session
-        self._most = most
+        self.most = most  # connections at once
+        self.accepted = 0  # connections ever
         self._on_event = on_event
-        self._numbers = count(1)
         self._accepting = False
         self._closed = False
         self._was_short = False
@@ -95,6 +94,12 @@ class Listener:
             session.drain()
         self._tell_if_drained()
 
+    def allow(self, most: int) -> None:
+        """Have at most so many connections at once; who is here already stays."""
+        self.most = most
+        if not self._accepting and len(self.sessions) < most and self.deadline is NEVER:
+            self._accept_again()
+
     def kill(self) -> int:
         """End every session now, and accept no more. Returns how many there were."""
         self.stop()
@@ -108,7 +113,7 @@ class Listener:
         self.sessions.discard(session)
         if self._closed:
             self._tell_if_drained()
-        elif not self._accepting and len(self.sessions) < self._most and self.deadline is NEVER:
+        elif not self._accepting and len(self.sessions) < self.most and self.deadline is NEVER:
             self._accept_again()
 
     def expired(self, now: float) -> None:
@@ -136,7 +141,7 @@ class Listener:
 
     def _accept_one(self) -> bool:
         """Take one connection. False when there is none, or when no more may be taken for now."""
-        if len(self.sessions) >= self._most:
+        if len(self.sessions) >= self.most:
             self._pause()
             return False
         try:
@@ -158,7 +163,8 @@ class Listener:
         if not LINUX:
             sock.setblocking(True)  # elsewhere it inherits the listener's mode
         assert self.front is not None
-        session = self._make_session(self.front, sock, (address[0], address[1]), next(self._numbers))
+        self.accepted += 1
+        session = self._make_session(self.front, sock, (address[0], address[1]), self.accepted)
         self.sessions.add(session)
         self._reactor.call(session.start)
         return True

@@ -94,7 +94,7 @@ class Reactor:
     ) -> None:
         self._must_unregister = portable or sys.platform != "linux"
         self._poller: _Poller = _PortablePoller() if self._must_unregister else select.epoll()
-        self._tick = tick
+        self.tick = tick
         self._clock = clock
         self._on_error = on_error
         self._stopped = False
@@ -174,7 +174,7 @@ class Reactor:
         poll = self._poller.poll
         clock = self._clock
         handlers = self.handlers
-        next_sweep = clock() + self._tick
+        next_sweep = clock() + self.tick
         while not self._stopped:
             if self._calls:
                 events = poll(0)
@@ -197,7 +197,7 @@ class Reactor:
                 self._make_calls()
             if now >= next_sweep:
                 self._sweep(now)
-                next_sweep = now + self._tick
+                next_sweep = now + self.tick
         self._make_calls()
 
     def _bell_rang(self, mask: int) -> None:

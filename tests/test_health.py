@@ -15,12 +15,13 @@ from dataclasses import replace
 
 import pytest
 
-from balancer import __version__, health
+from balancer import health
 from balancer.backend import Admin, Backend, Endpoint
 from balancer.config import HealthCheck, Server
 from balancer.health import HealthChecker
 from balancer.pickers import RoundRobin
 from balancer.pool import Pool
+from balancer.version import __version__
 from conftest import PATIENCE, eventually
 from fakes import Connection, FakeBackend
 

@@ -335,3 +335,160 @@ def test_the_listener_may_call_the_pool():
 )  # fmt: skip
 def test_ordinals(number, text):
     assert ordinal(number) == text
+
+
+# Another configuration --------------------------------------------------------------------------------------------
+
+
+def server(number: int, **settings) -> Server:
+    return Server(str(number), "127.0.0.1", 8000 + number, **settings)
+
+
+def started_with(*servers: Server, **options) -> Pool:
+    return Pool([Backend(one) for one in servers], options.pop("picker", None) or RoundRobin(), **options)
+
+
+def test_who_stays_is_the_same_backend_with_all_that_is_known_of_it():
+    pool = started_with(server(1), server(2))
+    one, two = pool.backends
+    pool.lease("127.0.0.1")
+    fail(pool, two)
+    added, left = pool.replace([server(2, weight=5), server(1, max_connections=7)])
+    assert (list(added), list(left)) == ([], [])
+    assert pool.backends[0] is two
+    assert pool.backends[1] is one
+    assert (two.healthy, two.weight, one.active, one.max_connections) == (False, 5, 1, 7)
+
+
+def test_it_is_the_address_that_makes_it_the_same():
+    pool = started_with(server(1))
+    [one] = pool.backends
+    pool.replace([Server("blue", "127.0.0.1", 8001)])
+    assert pool.backends == (one,)
+    assert one.id == "blue"
+
+
+def test_one_that_is_added_is_down_until_its_first_probe_has_passed():
+    """HAProxy's `init-state down` for servers that come later: nobody knows yet whether it answers."""
+    pool = started_with(server(1))
+    [added], _ = pool.replace([server(1), server(2)])
+    assert (added.id, added.status) == ("2", "DOWN")
+    assert leased(pool, 4) == "1111"
+    pool.report(added, True, "L7OK 200 in 1 ms")
+    assert "2" in leased(pool, 2), "one good probe is enough"
+
+
+def test_one_that_leaves_gets_no_work_and_is_gone_with_the_last_that_it_has():
+    told: list[str] = []
+    pool = started_with(server(1), server(2), on_left=lambda backend: told.append(backend.id))
+    two = pool.backends[1]
+    assert leased(pool, 4) == "1212"
+    _, left = pool.replace([server(1)])
+    assert (list(left), list(pool.leaving), two.status, two.eligible) == ([two], [two], "DRAIN", False)
+    assert leased(pool, 3) == "111"
+    pool.release(two)
+    assert (list(pool.leaving), told) == ([two], [])
+    pool.release(two)
+    assert (list(pool.leaving), told) == ([], ["2"])
+    assert pool.in_hand == 5
+
+
+def test_one_that_leaves_idle_is_gone_at_once():
+    told: list[str] = []
+    pool = started_with(server(1), server(2), on_left=lambda backend: told.append(backend.id))
+    pool.replace([server(1)])
+    assert (list(pool.leaving), told) == ([], ["2"])
+
+
+def test_what_it_has_counted_stays_in_the_sums():
+    pool = started_with(server(1), server(2))
+    pool.backends[1].tally.add(200, 5, 7, 0.1)
+    pool.replace([server(1)])
+    assert (pool.departed.responses[2], pool.departed.octets_out) == (1, 7)
+
+
+def test_a_probe_that_ends_late_brings_back_nobody_who_left():
+    pool = started_with(server(1), server(2))
+    two = pool.backends[1]
+    leased(pool, 2)
+    fail(pool, two)
+    pool.replace([server(1)])
+    pool.report(two, True, "L7OK 200 in 1 ms")
+    assert two.status == "DRAIN"
+    assert not two.healthy
+
+
+def test_one_that_returns_while_it_drains_is_the_same_and_is_probed_first():
+    pool = started_with(server(1), server(2))
+    two = pool.backends[1]
+    leased(pool, 2)
+    pool.replace([server(1)])
+    [added], _ = pool.replace([server(1), server(2)])
+    assert added is two
+    assert (list(pool.leaving), two.status, two.active) == ([], "DOWN", 1)
+    pool.report(two, True, "L7OK 200 in 1 ms")
+    pool.release(two)
+    assert (two.status, two.active) == ("UP", 0)
+
+
+def test_an_operators_word_outlives_a_reload():
+    pool = started_with(server(1), server(2))
+    pool.set_admin(pool.backends[0], Admin.MAINT, "me")
+    pool.replace([server(1, weight=3), server(2), server(3)])
+    assert pool.backends[0].status == "MAINT"
+
+
+@pytest.mark.parametrize("others", [[], [4], [4, 5]])
+def test_round_robin_goes_on_where_it_was(others):
+    """However often the set is replaced, and whoever comes and goes beside them, those that stay take strict turns."""
+    pool = started_with(server(1), server(2), server(3))
+    seen = ""
+    for number in range(40):
+        pool.replace([server(1), server(2), server(3), *(server(other) for other in others if number % 2)])
+        for backend in pool.backends:
+            if not backend.healthy:
+                pool.report(backend, True, "L4OK in 0 ms")
+        seen += leased(pool, 2)
+    seen = seen.replace("4", "").replace("5", "")
+    assert seen == ("123" * len(seen))[: len(seen)]
+
+
+def test_another_policy_and_other_counts_apply_from_the_next_time():
+    pool = started_with(server(1), server(2))
+    assert leased(pool, 2) == "12"
+    pool.configure(picker=First(), fall=1)
+    assert leased(pool, 2) == "11"
+    pool.report(pool.backends[1], True, "L4OK in 0 ms")
+    pool.report(pool.backends[1], False, "L4CON refused")
+    assert pool.backends[1].status == "DOWN"
+
+
+def test_a_limit_that_is_raised_makes_room_at_once():
+    pool = started_with(server(1, max_connections=1))
+    assert leased(pool, 2) == "1-"
+    pool.replace([server(1, max_connections=2)])
+    assert leased(pool, 2) == "1-"
+
+
+def test_standings_are_one_object_until_something_changes():
+    pool = started_with(server(1, max_connections=2), server(2))
+    first = pool.standings()
+    leased(pool, 2)
+    assert pool.standings() is first
+    leased(pool, 2)
+    assert pool.standings() is not first, "one is full"
+    second = pool.standings()
+    fail(pool, pool.backends[1])
+    assert [one.status for one in pool.standings()] == ["UP", "DOWN"]
+    assert [one.status for one in second] == ["UP", "UP"]
+
+
+def test_downtime_is_counted_when_it_is_over():
+    now = [1000.0]
+    pool = started_with(server(1), clock=lambda: now[0])
+    [one] = pool.backends
+    fail(pool, one)
+    now[0] += 12
+    assert one.tally.downtime == 0
+    pass_(pool, one)
+    assert (one.tally.up_down, one.tally.downtime) == (1, 12)
