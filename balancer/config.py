@@ -587,6 +587,45 @@ def find(explicit: str | None, beside: Path) -> Path:
     raise ConfigError(f"{DEFAULT_FILE}: not found in {places}; give --config FILE, or backends as HOST:PORT")
 
 
+def refuse_clashes(config: Config) -> None:
+    """Raise ConfigError where two would be at one address. For when the flags are in: they may mend it, or cause it."""
+    at = _Place(config.source, config.base)
+    own, operators = (config.host, config.port), (config.admin.host, config.admin.port)
+    if _meet(operators, own):
+        clash = f"{format_address(*operators)} is where clients connect"
+        raise at.key("admin").key("address").wrong(f'{clash}; give one of the two another port, or "off" here')
+    taken = [("the balancer itself", own), ("the operator's port (admin.address)", operators)]
+    for server in config.servers:
+        for owner, address in taken:
+            if _meet((server.host, server.port), address):
+                clash = f"backend {server.id} at {server.address} is {owner}"
+                raise at.wrong(f"{clash}; give one of the two another port")
+    if config.scaling is None:
+        return
+    low, high = config.scaling.ports
+    taken += [(f"backend {server.id}", (server.host, server.port)) for server in config.servers]
+    for owner, address in taken:
+        if low <= address[1] <= high and _meet((config.scaling.host, address[1]), address):
+            clash = f"{low}-{high} has port {address[1]} in it, where {owner} is"
+            raise at.key("scaling").key("ports").wrong(f"{clash}; choose a range without it")
+
+
+def _meet(one: tuple[str, int], other: tuple[str, int]) -> bool:
+    """Whether two addresses are one, as far as can be told without looking a name up. Port 0 is any free one."""
+    return 0 < one[1] == other[1] and (_leads_to(one[0], other[0]) or _leads_to(other[0], one[0]))
+
+
+def _leads_to(host: str, listening: str) -> bool:
+    """Whether who connects to a host of this machine reaches what listens on another: 127.0.0.1 and 0.0.0.0."""
+    if host == listening or listening not in ("0.0.0.0", "::"):
+        return host == listening
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return (address.is_loopback or address.is_unspecified) and (listening == "::" or address.version == 4)
+
+
 def describe(config: Config) -> str:
     """What would run, as a text for people that ends in a newline."""
     rows = [("id", "address", "weight", "limit", "role", "command")]
@@ -595,8 +634,8 @@ def describe(config: Config) -> str:
         command = _shown(" ".join(server.command)) if server.command else "-"
         rows.append((server.id, server.address, str(server.weight), limit, role, command))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    probe, log = config.health_check, config.log
+    table = ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows] if config.servers else []
+    probe, log, admin, scaling = config.health_check, config.log, config.admin, config.scaling
     expected = ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in probe.expect)
     question = f"GET {probe.path} wants {expected}" if probe.type == "http" else "TCP connect"
     lines = [
@@ -605,12 +644,24 @@ def describe(config: Config) -> str:
         f"algorithm      {config.algorithm}, {config.retries} retries",
         f"backends       {len(config.servers)}",
         *table,
+        *([f"scaling        {_scaling_in_words(scaling)}"] if scaling else []),
         f"health check   {question}, every {probe.interval:.9g} s, timeout {probe.timeout:.9g} s, "
         f"up after {probe.rise}, down after {probe.fall}",
         f"timeouts in s  {', '.join(f'{name} {value:.9g}' for name, value in asdict(config.timeouts).items())}",
         f"log            {f'{log.file} ({log.format}, {log.level})' if log.file else 'none'}",
+        f"admin          {format_address(admin.host, admin.port) if admin.host else 'off'}"
+        + (f", token in {admin.token_file}" if admin.host and admin.token_file else ""),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _scaling_in_words(scaling: Scaling) -> str:
+    ports = "{}-{}".format(*scaling.ports)
+    return (
+        f"{scaling.min} to {scaling.max} of {_shown(' '.join(scaling.command))} on {scaling.host}, ports {ports}, "
+        f"{scaling.target_active:.9g} requests each, a step every {scaling.pause:.9g} s, "
+        f"{scaling.start_timeout:.9g} s to start, stopped after {scaling.idle_stop:.9g} s idle"
+    )
 
 
 def _settled(config: Config) -> Config:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from balancer import config as configuration
-from balancer.config import Config, ConfigError, HealthCheck, Limits, Log, Server, Timeouts
+from balancer.config import AdminPort, Config, ConfigError, HealthCheck, Limits, Log, Scaling, Server, Timeouts
 
 ONE = {"host": "127.0.0.1", "port": 8001}
 TWO = {"host": "127.0.0.1", "port": 8002}
+SCALED = {"command": ["{python}", "app.py", "--port", "{port}"], "ports": "9001-9100"}
 POLICIES = '"round_robin", "least_connections", "random", "ip_hash", "power_of_two", "least_time" or a .py file'
 
 
@@ -35,6 +36,10 @@ def server(**keys: object) -> dict[str, Any]:
 
 def top(**keys: object) -> dict[str, Any]:
     return {"servers": [ONE], **keys}
+
+
+def scaling(**keys: object) -> dict[str, Any]:
+    return {"scaling": SCALED | keys}
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
@@ -81,10 +86,15 @@ WRONG_VALUES = [
     (top(health_check={"intervall": 1}), 'health_check.intervall: unknown key; did you mean "interval"?'),
     (top(timeouts={"Connect": 1}), 'timeouts.Connect: unknown key; did you mean "connect"?'),
     (top(limits={"que": 1}), 'limits.que: unknown key; did you mean "queue"?'),
-    (top(log={"": 1}), 'log."": unknown key; the keys here are file, format, level, max_bytes and backups'),
+    (top(log={"": 1}), 'log."": unknown key; the keys here are file, format, level, slow, max_bytes and backups'),
     (top(listen={"a\nb": 1}), 'listen."a\\nb": unknown key; the keys here are host and port'),
     (top(listen={"x" * 99: 1}), f'listen."{"x" * 56}...: unknown key; the keys here are host and port'),
-    ({}, '"servers" is missing'),
+    (top(admin={"adress": "off"}), 'admin.adress: unknown key; did you mean "address"?'),
+    (scaling(maximum=2), 'scaling.maximum: unknown key; did you mean "max"?'),
+    ({}, "servers: the key is missing"),
+    ({"admin": {}}, "servers: the key is missing"),
+    ({"scaling": {"ports": "1-9"}}, 'scaling: "command" is missing'),
+    ({"scaling": {"command": ["a", "{port}"]}}, 'scaling: "ports" is missing'),
     ([{"port": 8001}], 'servers[0]: "host" is missing'),
     ([ONE, {"host": "b"}], 'servers[1]: "port" is missing'),
     (
@@ -236,6 +246,7 @@ WRONG_VALUES = [
     (top(timeouts={"connect": True}), "timeouts.connect: must be a number of seconds, not true"),
     (top(timeouts={"drain": 0}), "timeouts.drain: must be 0.001 to 1000000 seconds, not 0"),
     (top(timeouts={"queue": -0.5}), "timeouts.queue: must be 0 to 1000000 seconds, not -0.5"),
+    (top(timeouts={"drain_delay": -1}), "timeouts.drain_delay: must be 0 to 1000000 seconds, not -1"),
     (top(timeouts={"no_backend": float("nan")}), "timeouts.no_backend: must be 0 to 1000000 seconds, not NaN"),
     (top(timeouts={"tunnel": float("inf")}), "timeouts.tunnel: must be 0.001 to 1000000 seconds, not Infinity"),
     (top(timeouts={"tunnel": 10**400}), f"timeouts.tunnel: must be 0.001 to 1000000 seconds, not 1{'0' * 56}..."),
@@ -246,11 +257,63 @@ WRONG_VALUES = [
         top(log={"level": "warn"}),
         'log.level: must be "debug", "info", "warning" or "error", not "warn"; did you mean "warning"?',
     ),
-    (top(log={"format": "txt"}), 'log.format: must be "text", not "txt"; did you mean "text"?'),
+    (
+        top(log={"format": "jsn"}),
+        'log.format: must be "text", "haproxy" or "json", not "jsn"; did you mean "json"?',
+    ),
+    (top(log={"slow": 0}), "log.slow: must be 0.001 to 1000000 seconds, not 0"),
+    (top(log={"slow": "1s"}), 'log.slow: must be a number of seconds, not the string "1s"'),
     (top(log={"file": False}), "log.file: must be a string, not false"),
     (top(log={"file": "a\nb"}), 'log.file: must be at most 4096 printable characters, not "a\\nb"'),
     (top(log={"max_bytes": 1}), "log.max_bytes: must be 1000 to 1000000000000, not 1"),
     (top(log={"backups": -1}), "log.backups: must be 0 to 1000, not -1"),
+    # the operator's port
+    (top(admin="off"), 'admin: must be an object, not the string "off"'),
+    (top(admin={"address": 8404}), "admin.address: must be a string, not the number 8404"),
+    (top(admin={"address": False}), "admin.address: must be a string, not false"),
+    *(
+        (
+            top(admin={"address": wrong}),
+            f'admin.address: must be HOST:PORT, [IPV6]:PORT, PORT or "off", not {json.dumps(wrong)}',
+        )
+        for wrong in ("", "Off", "localhost", "localhost:", "::1:8404", "127.0.0.1:-1", "http://127.0.0.1:8404")
+    ),
+    (top(admin={"address": "127.0.0.1:65536"}), "admin.address: must be 0 to 65535, not 65536"),
+    (
+        top(admin={"address": "*:8404"}),
+        'admin.address: must be a host name or an IP address and nothing else, not "*"',
+    ),
+    (top(admin={"token_file": None}), "admin.token_file: must be a string, not null"),
+    # scaling
+    ({"scaling": None}, "scaling: must be an object, not null"),
+    (scaling(command=[]), "scaling.command: is empty; its first word must be a program"),
+    (
+        scaling(command=["app", "--port", "9001"]),
+        'scaling.command: must have the word "{port}", or all instances would listen on the same port',
+    ),
+    (
+        scaling(command=["app", "{port}", "{prot}"]),
+        'scaling.command[2]: unknown placeholder "prot"; there are {python}, {port}, {host} and {id}',
+    ),
+    *(
+        (scaling(ports=wrong), f'scaling.ports: must be a range of ports such as "9001-9100", not {json.dumps(wrong)}')
+        for wrong in ("", "9001", "9001-", "0-10", "9100-9001", "9001-65536", "9001-9100 ", "9001,9100", "9001-9100-2")
+    ),
+    (scaling(ports=9001), "scaling.ports: must be a string, not the number 9001"),
+    (scaling(ports="9001-9007"), "scaling.ports: has room for 7 instances, and max is 8; widen the range"),
+    (scaling(min=-1), "scaling.min: must be 0 to 1000, not -1"),
+    (scaling(min=1.0), "scaling.min: must be a whole number, not the number 1.0"),
+    (scaling(min=9), "scaling.min: must be at most max, which is 8, not 9"),
+    (scaling(max=0), "scaling.max: must be 1 to 1000, not 0"),
+    (scaling(target_active=0), "scaling.target_active: must be 0.01 to 1000000, not 0"),
+    (scaling(target_active="10"), 'scaling.target_active: must be a number, not the string "10"'),
+    (scaling(idle_stop=0), "scaling.idle_stop: must be 0.001 to 1000000 seconds, not 0"),
+    (scaling(pause=True), "scaling.pause: must be a number of seconds, not true"),
+    (scaling(start_timeout=0), "scaling.start_timeout: must be 0.001 to 1000000 seconds, not 0"),
+    (
+        scaling(host="127.0.0.1:9001"),
+        'scaling.host: must be a host name or an IP address and nothing else, not "127.0.0.1:9001"',
+    ),
 ]
 
 
@@ -294,7 +357,9 @@ def test_no_mutation_of_a_good_file_gets_past_or_breaks_the_checks() -> None:
         "health_check": {"interval": 1, "timeout": 1, "rise": 1, "fall": 1, "expect": "2xx", "type": "tcp"},
         "timeouts": {"connect": 1, "queue": 0},
         "limits": {"connections": 5, "fields": 5},
-        "log": {"file": "", "format": "text", "level": "debug", "max_bytes": 5000, "backups": 0},
+        "log": {"file": "", "format": "haproxy", "level": "debug", "slow": 2, "max_bytes": 5000, "backups": 0},
+        "admin": {"address": "[::1]:0", "token_file": "token"},
+        "scaling": SCALED | {"min": 0, "max": 4, "target_active": 0.5, "idle_stop": 9, "pause": 1, "host": "127.0.0.1"},
     }
     parse(good)
     chance, refusals = random.Random(2), []
@@ -322,9 +387,11 @@ def test_a_list_of_servers_is_a_whole_configuration() -> None:
         base=Path("/nowhere"),
     )
     assert config.health_check == HealthCheck("/", 2.0, 2.0, 2, 3, ((200, 399),), "http")
-    assert config.timeouts == Timeouts(5, 10, 60, 60, 60, 3600, 5, 0, 30)
+    assert config.timeouts == Timeouts(5, 10, 60, 60, 60, 3600, 5, 0, 0, 30)
     assert config.limits == Limits(0, 65536, 128, 16384, 1024)
-    assert config.log == Log("load_balancer.log", "text", "info", 50_000_000, 3)
+    assert config.log == Log("load_balancer.log", "text", "info", 1.0, 50_000_000, 3)
+    assert config.admin == AdminPort("127.0.0.1", 8404, "", asked_for=False)
+    assert config.scaling is None
     assert (config.host, config.port, config.mode, config.algorithm, config.retries) == (
         "127.0.0.1",
         8080,
@@ -362,10 +429,23 @@ def test_every_key_reaches_its_field(tmp_path: Path) -> None:
             "tunnel": 6,
             "queue": 0,
             "no_backend": 0,
+            "drain_delay": 7,
             "drain": 0.25,
         },
         "limits": {"connections": 1, "head_bytes": 2048, "fields": 3, "request_line_bytes": 100, "queue": 0},
-        "log": {"file": "logs/a.log", "format": "text", "level": "error", "max_bytes": 1000, "backups": 0},
+        "log": {"file": "logs/a.log", "format": "json", "level": "error", "slow": 2, "max_bytes": 1000, "backups": 0},
+        "admin": {"address": "[::1]:8405", "token_file": "run/token"},
+        "scaling": {
+            "command": ["app", "{port}"],
+            "ports": "1-65535",
+            "min": 0,
+            "max": 2,
+            "target_active": 0.5,
+            "idle_stop": 60,
+            "pause": 0.5,
+            "start_timeout": 3,
+            "host": "Apps.test",
+        },
     }
     command = tuple(document["servers"][0]["command"])  # type: ignore[index]
     assert parse(document, tmp_path) == Config(
@@ -376,12 +456,50 @@ def test_every_key_reaches_its_field(tmp_path: Path) -> None:
         algorithm=str(tmp_path / "mine.py"),
         retries=0,
         health_check=HealthCheck("/a?b=c", 1.0, 0.5, 1, 4, ((200, 200),), "tcp"),
-        timeouts=Timeouts(1, 2, 3, 4, 5, 6, 0, 0, 0.25),
+        timeouts=Timeouts(1, 2, 3, 4, 5, 6, 0, 0, 7, 0.25),
         limits=Limits(1, 2048, 3, 100, 0),
-        log=Log(str(tmp_path / "logs/a.log"), "text", "error", 1000, 0),
+        log=Log(str(tmp_path / "logs/a.log"), "json", "error", 2.0, 1000, 0),
+        admin=AdminPort("::1", 8405, str(tmp_path / "run/token"), asked_for=True),
+        scaling=Scaling(("app", "{port}"), (1, 65535), 0, 2, 0.5, 60.0, 0.5, 3.0, "apps.test"),
         source="servers.json",
         base=tmp_path,
     )
+
+
+@pytest.mark.parametrize(
+    ("address", "place"),
+    [
+        ("127.0.0.1:0", ("127.0.0.1", 0)),
+        ("8405", ("127.0.0.1", 8405)),
+        (":8405", ("127.0.0.1", 8405)),
+        ("[::]:8405", ("::", 8405)),
+        ("Ops.test:8405", ("ops.test", 8405)),
+        ("off", ("", 0)),
+    ],
+)
+def test_the_operators_port_is_an_address_or_off(address: str, place: tuple[str, int]) -> None:
+    admin = parse(top(admin={"address": address})).admin
+    assert (admin.host, admin.port, admin.asked_for) == (*place, True)
+
+
+def test_a_token_file_alone_does_not_ask_for_the_operators_port(tmp_path: Path) -> None:
+    admin = parse(top(admin={"token_file": "token"}), tmp_path).admin
+    assert admin == AdminPort(token_file=str(tmp_path / "token"))
+    assert not admin.asked_for
+
+
+@pytest.mark.parametrize("servers", [{}, {"servers": []}])
+def test_scaling_alone_needs_no_servers(servers: dict[str, Any]) -> None:
+    config = parse(scaling() | servers)
+    assert config.servers == ()
+    assert config.scaling == Scaling(tuple(SCALED["command"]), (9001, 9100), 1, 8, 10.0, 300.0, 5.0, 30.0, "127.0.0.1")
+
+
+def test_every_placeholder_may_stand_in_an_instances_command() -> None:
+    command = ["{python}", "-m", "app", "--at={host}:{port}", "--id", "{id}", "awk '{print $1}'"]
+    scaled = parse(scaling(command=command)).scaling
+    assert scaled is not None
+    assert scaled.command == tuple(command)
 
 
 @pytest.mark.parametrize(
@@ -545,6 +663,8 @@ def test_flags_win_over_the_file_and_others_keep_its_values(tmp_path: Path, monk
         interval="0.5",
         log_file="a.log",
         log_level="debug",
+        log_format="json",
+        admin="[::1]:8405",
     )
     assert changed == replace(
         config,
@@ -552,11 +672,19 @@ def test_flags_win_over_the_file_and_others_keep_its_values(tmp_path: Path, monk
         port=0,
         algorithm=str(tmp_path / "mine.py"),
         health_check=replace(config.health_check, interval=0.5),
-        log=replace(config.log, file=str(tmp_path / "a.log"), level="debug"),
+        log=replace(config.log, file=str(tmp_path / "a.log"), level="debug", format="json"),
+        admin=AdminPort("::1", 8405, asked_for=True),
     )
     assert configuration.override(config, log_file="").log.file == ""
     assert configuration.override(config, port="8081").port == 8081
     assert configuration.override(config, host=None, port=None) == config
+
+
+def test_the_flag_of_the_operators_port_leaves_its_token_alone() -> None:
+    config = parse(top(admin={"address": "8405", "token_file": "token"}))
+    token_file = config.admin.token_file
+    for flag, place in (("off", ("", 0)), ("127.0.0.1:0", ("127.0.0.1", 0))):
+        assert configuration.override(config, admin=flag).admin == AdminPort(*place, token_file, asked_for=True)
 
 
 @pytest.mark.parametrize(
@@ -575,6 +703,12 @@ def test_flags_win_over_the_file_and_others_keep_its_values(tmp_path: Path, monk
             {"log_level": "inf"},
             '--log-level: must be "debug", "info", "warning" or "error", not "inf"; did you mean "info"?',
         ),
+        (
+            {"log_format": "HAProxy"},
+            '--log-format: must be "text", "haproxy" or "json", not "HAProxy"; did you mean "haproxy"?',
+        ),
+        ({"admin": "no"}, '--admin: must be HOST:PORT, [IPV6]:PORT, PORT or "off", not "no"'),
+        ({"admin": "0.0.0.0:70000"}, "--admin: must be 0 to 65535, not 70000"),
     ],
 )
 def test_a_wrong_flag_is_named(flags: dict[str, Any], line: str) -> None:
@@ -612,6 +746,89 @@ def test_probes_follow_the_mode_unless_the_file_says_otherwise(
     assert configuration.override(parse(top(**in_file)), mode=flag).health_check.type == probes
 
 
+# --- two at one address ---------------------------------------------------------------------------------------------
+
+CLASHES = [
+    (
+        [ONE, TWO | {"id": "b", "port": 8080}],
+        "backend b at 127.0.0.1:8080 is the balancer itself; give one of the two another port",
+    ),
+    (
+        top(listen={"host": "0.0.0.0", "port": 8001}),
+        "backend 1 at 127.0.0.1:8001 is the balancer itself; give one of the two another port",
+    ),
+    (
+        {"servers": [{"host": "web.test", "port": 80}], "listen": {"host": "web.test", "port": 80}},
+        "backend 1 at web.test:80 is the balancer itself; give one of the two another port",
+    ),
+    (
+        {"servers": [{"host": "::1", "port": 8404}], "admin": {"address": "[::]:8404"}},
+        "backend 1 at [::1]:8404 is the operator's port (admin.address); give one of the two another port",
+    ),
+    (
+        [{"host": "127.0.0.1", "port": 8404}],
+        "backend 1 at 127.0.0.1:8404 is the operator's port (admin.address); give one of the two another port",
+    ),
+    *(
+        (
+            top(listen={"host": host, "port": 8404}, admin={"address": admin}),
+            f'admin.address: {admin} is where clients connect; give one of the two another port, or "off" here',
+        )
+        for host, admin in [
+            ("127.0.0.1", "127.0.0.1:8404"),
+            ("0.0.0.0", "127.0.0.1:8404"),
+            ("127.0.0.1", "0.0.0.0:8404"),
+            ("::", "127.0.0.1:8404"),
+            ("::", "0.0.0.0:8404"),
+        ]
+    ),
+    *(
+        (scaling(ports=ports) | keys, f"scaling.ports: {ports} has port {line}; choose a range without it")
+        for ports, keys, line in [
+            ("8000-8080", {}, "8080 in it, where the balancer itself is"),
+            ("8081-8500", {}, "8404 in it, where the operator's port (admin.address) is"),
+            ("8001-8010", {"servers": [ONE]}, "8001 in it, where backend 1 is"),
+            (
+                "8081-8100",
+                {"listen": {"host": "0.0.0.0", "port": 8090}},
+                "8090 in it, where the balancer itself is",
+            ),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("document", "line"), CLASHES, ids=[line for _, line in CLASHES])
+def test_two_at_one_address_are_refused(document: object, line: str) -> None:
+    config = parse(document)
+    with pytest.raises(ConfigError) as caught:
+        configuration.refuse_clashes(config)
+    assert str(caught.value) == f"servers.json: {line}"
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        top(listen={"port": 0}, admin={"address": "127.0.0.1:0"}),
+        top(listen={"port": 8404}, admin={"address": "off"}),
+        top(listen={"host": "::1", "port": 8001}, admin={"address": "127.0.0.2:8001"}),
+        top(listen={"host": "0.0.0.0", "port": 8404}, admin={"address": "[::1]:8404"}),
+        {"servers": [{"host": "10.0.0.5", "port": 8080}], "listen": {"host": "0.0.0.0"}},  # another machine, mostly
+        {"servers": [{"host": "localhost", "port": 8080}], "listen": {"host": "::"}},  # to know, one would look it up
+        scaling(ports="8000-8500", host="127.0.0.2"),
+        scaling(ports="8000-8500", host="127.0.0.2", command=["app", "{port}"]) | {"servers": [ONE]},
+        scaling(ports="1-100") | {"listen": {"port": 0}, "admin": {"address": "off"}},
+    ],
+)
+def test_the_same_port_elsewhere_is_no_clash(document: object) -> None:
+    configuration.refuse_clashes(parse(document))
+
+
+def test_a_flag_mends_a_clash_of_the_file() -> None:
+    config = parse([{"host": "127.0.0.1", "port": 8080}])
+    configuration.refuse_clashes(configuration.override(config, port="9000"))
+
+
 # --- what --check prints --------------------------------------------------------------------------------------------
 
 
@@ -636,8 +853,9 @@ backends       2
   spare  [::1]:1         1       -      backup  -
 health check   GET /up wants 200-299, 404, every 2 s, timeout 2 s, up after 2, down after 3
 timeouts in s  connect 5, request_head 10, client_idle 60, client 60, server 60, tunnel 3600, \
-queue 5, no_backend 0, drain 30
+queue 5, no_backend 0, drain_delay 0, drain 30
 log            load_balancer.log (text, info)
+admin          127.0.0.1:8404
 """
     )
 
@@ -645,4 +863,19 @@ log            load_balancer.log (text, info)
 def test_describe_of_tcp_mode_without_a_log() -> None:
     text = configuration.describe(parse(top(mode="tcp", log={"file": ""})))
     assert "TCP connect, every 2 s" in text
-    assert text.endswith("log            none\n")
+    assert "\nlog            none\n" in text
+
+
+def test_describe_of_scaling_alone_has_no_table_of_backends() -> None:
+    config = parse(scaling(min=0, target_active=2.5) | {"admin": {"address": "[::1]:8405", "token_file": "/run/token"}})
+    text = configuration.describe(config)
+    assert (
+        """
+backends       0
+scaling        0 to 8 of "{python} app.py --port {port}" on 127.0.0.1, ports 9001-9100, 2.5 requests each, \
+a step every 5 s, 30 s to start, stopped after 300 s idle
+health check """
+        in text
+    )
+    assert text.endswith("\nadmin          [::1]:8405, token in /run/token\n")
+    assert configuration.describe(configuration.override(config, admin="off")).endswith("\nadmin          off\n")
