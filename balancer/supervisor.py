@@ -1,7 +1,8 @@
-"""Backends that the balancer starts itself: those of the configuration that have a `command`.
+"""Backends that the balancer starts itself: those of the configuration that have a `command`, and scaled instances.
 
 A command is started when nothing answers at its backend's address, restarted with a growing pause when it dies, and
-stopped with the balancer. Where something answers already, it is left alone, and asked again every few seconds.
+stopped with the balancer. Where something answers already, it is left alone, and asked again every few seconds. An
+instance is run once: whoever had it run is told of its end, and decides what comes then.
 
 Each command leads a process group of its own, so that its workers can be ended with it and a Ctrl-C at the terminal
 reaches the balancer alone. Whatever is left of a group when its leader has died is killed: it would hold the port.
@@ -10,8 +11,9 @@ reading end of a pipe and ends the groups it was told of when the writing end cl
 PR_SET_PDEATHSIG, would have to be asked for between fork and exec, where a program with threads must not run Python,
 and reaches the leader only.)
 
-All is done by the thread "supervisor", which waits in one selector for output, ends of processes and the stop; only
-`start` makes its first round on the caller's thread, before the other exists. So nothing here is locked.
+All is done by the thread "supervisor", which waits in one selector for output, ends of processes and orders; it and
+the guard exist from the first command on. Other threads leave orders, which the next round carries out in their order.
+So nothing is locked but the leaving of orders.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -177,15 +180,22 @@ end(signal.SIGKILL)
         self._popen.wait()
 
 
+OnEnd = Callable[[Server, float], None]  # the server, and the seconds its command lived, 0 if it could not be started
+
+
 class Child:
     """One command and what became of it."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, on_end: OnEnd | None = None) -> None:
         self.server = server
         self.words = expand(server)
+        self.on_end = on_end  # told of the end of what is run once; None: it is started again
+        self.wanted = True
         self.process: Process | None = None
         self.started = 0.0  # by the supervisor's clock
-        self.due = 0.0  # when to look whether it must be started
+        self.lived = 0.0  # seconds, of the process that ended last
+        self.signalled = 0  # the signal by which it was asked to end, 0: it was not
+        self.due = 0.0  # when to look whether it must be started; once it was signalled: when to use stronger means
         self.pause = FIRST_PAUSE
         self.left_alone = False  # something else answers at its address
         self.rest = b""  # output after the last line end
@@ -214,7 +224,8 @@ def how_it_ended(status: int) -> str:
 class Supervisor:
     """Starts, restarts and stops the commands of those `servers` that have one, in the directory `base`.
 
-    `stop` must be called even if `start` was not.
+    `follow`, `run` and `end` are for any thread and return at once; what they are told before `start` waits for it, and
+    after `stop` it is ignored. `stop` must be called even if `start` was not.
     """
 
     def __init__(
@@ -234,28 +245,50 @@ class Supervisor:
         self._clock = clock
         self._answers = answers
         self._selector = selectors.DefaultSelector()
+        self._sender, self._receiver = socket.socketpair()  # an octet is sent to end the thread's wait
+        self._sender.setblocking(False)
+        self._receiver.setblocking(False)
+        self._selector.register(self._receiver, selectors.EVENT_READ)
+        self._lock = threading.Lock()  # held to leave an order, and while that makes the thread begin or forbids it
+        self._orders: deque[Callable[[], None]] = deque()
+        self._started = False
         self._stopping = threading.Event()
-        self._stop_sender, self._stop_receiver = socket.socketpair()
-        self._selector.register(self._stop_receiver, selectors.EVENT_READ)
+        self._settled = threading.Event()  # the first round is over
         self._guard: Guard | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Launch what must be launched, and go on in the thread "supervisor". Without any command it does nothing."""
-        if not self._children:
-            return
-        try:
-            self._guard = Guard()
-        except OSError as error:
-            self._journal.event("warning", f"commands would outlive a balancer that is killed: no guard: {error}")
-        self.round()
-        self._thread = threading.Thread(target=self._work, name="supervisor", daemon=True)
-        self._thread.start()
+        """Launch what must be launched, and go on in the thread "supervisor", which begins with the first command."""
+        with self._lock:
+            self._started = True
+            if self._children or self._orders:
+                self._launch_locked()
+        if self._thread:
+            self._settled.wait()
+
+    def follow(self, servers: Sequence[Server]) -> None:
+        """Run the commands of these servers from here on; who is who is told by the address.
+
+        A command that is not among them any more is stopped, one that has changed is stopped and started again.
+        Instances are not concerned.
+        """
+        commands = {server.address: server for server in servers if server.command}
+        self._leave_order(lambda: self._follow(commands), begins=bool(commands))
+
+    def run(self, server: Server, on_end: OnEnd) -> None:
+        """Run the server's command once. `on_end` is called once, on the supervisor's thread, whatever ends it."""
+        self._leave_order(lambda: self._children.append(Child(server, on_end)), begins=True)
+
+    def end(self, server: Server) -> None:
+        """End a command that is `run`; nothing if it has ended already."""
+        self._leave_order(lambda: self._dismiss(server), begins=False)
 
     def stop(self) -> None:
         """End every command, and wait for it: as soon as they obey, 3 s at most."""
-        self._stopping.set()
-        self._stop_sender.close()  # which the thread's selector sees at the other end
+        with self._lock:
+            self._stopping.set()
+            with suppress(OSError):  # it is full of octets, or closed
+                self._sender.send(b"\0")
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -263,7 +296,8 @@ class Supervisor:
             self._guard.close()
             self._guard = None
         self._selector.close()
-        self._stop_receiver.close()
+        self._sender.close()
+        self._receiver.close()
 
     def wait_ready(self, patience: float) -> bool:
         """Wait until every command that runs accepts connections; False when `patience` seconds were not enough.
@@ -281,51 +315,111 @@ class Supervisor:
         return True
 
     def round(self) -> float | None:
-        """Look after each command once: notice that it died, start it when that is due.
+        """Carry out orders, and look after each command once: notice that it died, start or end it when that is due.
 
         Returns the seconds until the next round; None when only an event of the selector can bring something to do.
         """
+        while self._orders:
+            self._orders.popleft()()
         for child in self._children:
-            if child.process:
-                self._notice_end(child)
-            elif self._clock() >= child.due and not self._stopping.is_set():
-                self._begin(child)
+            self._look_after(child)
+        gone = [child for child in self._children if not child.process and not child.wanted]
+        self._children = [child for child in self._children if child.process or child.wanted]
+        for child in gone:
+            if child.on_end:
+                child.on_end(child.server, child.lived)
         now = self._clock()
-        waits = [max(0.0, child.due - now) for child in self._children if not child.process]
-        return min([*waits, *self._poll_pause()], default=None)
+        waits = [max(0.0, child.due - now) for child in self._children if child.signalled or not child.process]
+        blind = [POLL for child in self._children if child.process and child.process.ended < 0]
+        return min([*waits, *blind], default=None)
 
-    def _poll_pause(self) -> list[float]:
-        return [POLL for child in self._children if child.process and child.process.ended < 0]
+    def _look_after(self, child: Child) -> None:
+        if child.process:
+            self._notice_end(child)
+        is_due = self._clock() >= child.due
+        if child.process and child.signalled and is_due:
+            self._urge(child)
+        elif not child.process and child.wanted and is_due and not self._stopping.is_set():
+            self._begin(child)
+
+    # Orders ---------------------------------------------------------------------------------------------------------
+
+    def _leave_order(self, order: Callable[[], None], *, begins: bool) -> None:
+        """Have the thread carry out the order. Where there is none yet it is made, if the order `begins` something."""
+        with self._lock:
+            if self._stopping.is_set():
+                return
+            if self._started and not self._thread:
+                if not begins:
+                    return  # there has never been anything that it could concern
+                self._launch_locked()
+            self._orders.append(order)
+            with suppress(BlockingIOError):  # so many octets wait there that one more makes no difference
+                self._sender.send(b"\0")
+
+    def _launch_locked(self) -> None:
+        self._thread = threading.Thread(target=self._work, name="supervisor", daemon=True)
+        self._thread.start()
+
+    def _follow(self, commands: dict[str, Server]) -> None:
+        """The order of `follow`; commands are by address."""
+        new = dict(commands)
+        for child in self._children:
+            if child.on_end:
+                continue
+            server = new.pop(child.server.address, None)
+            child.wanted = server is not None
+            if server is None:
+                self._stop(child, "it is stopped, for its command is configured no more")
+            else:
+                words = child.words
+                child.server, child.words = server, expand(server)
+                if child.words != words:
+                    self._stop(child, "it is stopped, for its command has changed")
+        self._children += map(Child, new.values())
+
+    def _dismiss(self, server: Server) -> None:
+        """The order of `end`."""
+        for child in self._children:
+            if child.on_end and child.server.address == server.address:
+                child.wanted = False
+                self._stop(child)
+
+    # The thread -----------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         try:
+            try:
+                self._guard = Guard()
+            except OSError as error:
+                self._journal.event("warning", f"commands would outlive a balancer that is killed: no guard: {error}")
             while not self._stopping.is_set():
-                self._wait(self.round())
+                pause = self.round()
+                self._settled.set()
+                self._wait(pause)
         finally:
+            self._settled.set()
             self._end_all()
 
     def _wait(self, seconds: float | None) -> None:
-        """Wait for output, the end of a process or the stop; log the output."""
+        """Wait for output, the end of a process, an order or the stop; log the output."""
         for key, _ in self._selector.select(seconds):
             child: Child | None = key.data
-            if child and child.process and key.fd == child.process.output:
+            if child is None:
+                self._receiver.recv(4096)
+            elif child.process and key.fd == child.process.output:
                 self._read(child, child.process)
 
     def _end_all(self) -> None:
-        self._selector.unregister(self._stop_receiver)
-        for number, patience in ((signal.SIGTERM, STOP_PATIENCE), (signal.SIGKILL, KILL_PATIENCE)):
-            for child in self._children:
-                if child.process:
-                    child.process.signal(number)
-            deadline = self._clock() + patience
-            while any(child.process for child in self._children) and (left := deadline - self._clock()) > 0:
-                self._wait(min([left, *self._poll_pause()]))
-                for child in self._children:
-                    self._notice_end(child)
+        self._stopping.set()
+        self._orders.clear()
         for child in self._children:
-            if child.process:
-                self._event("error", child, f"process {child.process.pid} does not end, even by SIGKILL")
-                self._forget(child, child.process)
+            child.wanted = False
+            self._stop(child)
+        pause = self.round()
+        while self._children:
+            self._wait(pause)
+            pause = self.round()
 
     # One child ------------------------------------------------------------------------------------------------------
 
@@ -333,8 +427,8 @@ class Supervisor:
         self._journal.event(level, f"backend {child.server.id}: {text}")
 
     def _begin(self, child: Child) -> None:
-        """Start the command, unless something answers at its address."""
-        if self._answers(child.server):
+        """Start the command, unless something answers at its address. An instance's was chosen because nothing did."""
+        if not child.on_end and self._answers(child.server):
             if not child.left_alone:
                 self._event("info", child, f"something answers at {child.server.address} already and is left alone")
             child.left_alone = True
@@ -344,9 +438,10 @@ class Supervisor:
         try:
             process = self._spawn(child.words, self._base)
         except OSError as error:
-            pause = self._postpone(child)
             what = f"{error.strerror}: {error.filename or child.words[0]}"
-            self._event("error", child, f"cannot be started: {what}; tried again in {pause:g} s")
+            child.lived = 0.0
+            again = self._after_end(child, "tried")
+            self._event("error", child, f"cannot be started: {what}{again}")
             return
         child.process = process
         child.started = self._clock()
@@ -357,15 +452,46 @@ class Supervisor:
             self._guard.add(process.pid)
         self._event("info", child, f"process {process.pid} started: {shlex.join(child.words)}")
 
-    def _postpone(self, child: Child) -> float:
-        """Make the next start due after the pause, and the pause after that longer. Returns the pause."""
+    def _stop(self, child: Child, why: str = "") -> None:
+        """Have the command end, if it runs and was not told so; what is wanted all the same begins without a pause."""
+        if child.process and not child.signalled:
+            if why:
+                self._event("info", child, why)
+            self._urge(child)
+        elif not child.process:
+            child.due = self._clock()
+            child.pause = FIRST_PAUSE
+
+    def _urge(self, child: Child) -> None:
+        """Ask the command to end, each time by stronger means; give up when there are none."""
+        process = child.process
+        assert process
+        if child.signalled == signal.SIGKILL:
+            self._event("error", child, f"process {process.pid} does not end, even by SIGKILL")
+            self._forget(child, process)
+            return
+        means = (signal.SIGKILL, KILL_PATIENCE) if child.signalled else (signal.SIGTERM, STOP_PATIENCE)
+        child.signalled, patience = means
+        child.due = self._clock() + patience
+        process.signal(child.signalled)
+
+    def _after_end(self, child: Child, verb: str) -> str:
+        """Make the next start due after the pause, and the pause after that longer. Returns that in words.
+
+        What is run once is not wanted any more.
+        """
+        if child.on_end:
+            child.wanted = False
+            return ""
+        if child.lived >= STEADY:
+            child.pause = FIRST_PAUSE
         pause = child.pause
         child.due = self._clock() + pause
         child.pause = min(2 * pause, LONGEST_PAUSE)
-        return pause
+        return f"; {verb} again in {pause:g} s"
 
     def _notice_end(self, child: Child) -> None:
-        """If the child's process has ended: log that and its last words, and make a restart due."""
+        """If the child's process has ended: log that and its last words, and make a restart due where there is one."""
         process = child.process
         if not process or (status := process.poll()) is None:
             return
@@ -374,16 +500,15 @@ class Supervisor:
             if not self._read(child, process):
                 break
         self._log_lines(child, b"\n")
+        asked = bool(child.signalled)
         self._forget(child, process)
-        lived = self._clock() - child.started
-        text = f"process {process.pid} {how_it_ended(status)} after {lived:.1f} s"
-        if self._stopping.is_set():
+        text = f"process {process.pid} {how_it_ended(status)} after {child.lived:.1f} s"
+        if asked:
             self._event("info", child, text)
-            return
-        if lived >= STEADY:
+            child.due = self._clock()
             child.pause = FIRST_PAUSE
-        pause = self._postpone(child)
-        self._event("warning", child, f"{text}; started again in {pause:g} s")
+        else:
+            self._event("warning", child, f"{text}{self._after_end(child, 'started')}")
 
     def _forget(self, child: Child, process: Process) -> None:
         for descriptor in (process.output, process.ended):
@@ -393,6 +518,8 @@ class Supervisor:
         if self._guard:
             self._guard.discard(process.pid)
         child.process = None
+        child.signalled = 0
+        child.lived = self._clock() - child.started
 
     def _read(self, child: Child, process: Process) -> bool:
         """Log what the process has written. False when there was nothing."""

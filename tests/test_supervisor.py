@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,8 +81,9 @@ class FakeProcess:
 
     ended = -1
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, obedient: bool = True) -> None:
         self.pid = pid
+        self.obedient = obedient
         self.status: int | None = None
         self.signals: list[int] = []
         self.output, self.writer = os.pipe()
@@ -92,7 +94,7 @@ class FakeProcess:
 
     def signal(self, number: int) -> None:
         self.signals.append(number)
-        if self.status is None:
+        if self.status is None and self.obedient:
             self.status = -number
 
     def close(self) -> None:
@@ -103,8 +105,10 @@ class FakeProcess:
 class Stage:
     """A supervisor whose rounds are plain calls."""
 
-    def __init__(self, *servers: Server) -> None:
+    def __init__(self, *servers: Server, obedient: bool = True) -> None:
         self.now = 1000.0
+        self.obedient = obedient
+        self.ended: list[tuple[Server, float]] = []
         self.journal = Told()
         self.answering: set[Server] = set()
         self.refusal: OSError | None = None
@@ -122,7 +126,7 @@ class Stage:
         if self.refusal:
             raise self.refusal
         assert base == Path("/base")
-        self.spawned.append(FakeProcess(100 + len(self.spawned)))
+        self.spawned.append(FakeProcess(100 + len(self.spawned), self.obedient))
         return self.spawned[-1]
 
     def round(self, later: float = 0.0) -> float | None:
@@ -133,17 +137,27 @@ class Stage:
         self.spawned[-1].status = status
         self.round(later)
 
+    def follow(self, *servers: Server) -> None:
+        self.supervisor.follow(servers)
+        self.round()
+
+    def run(self, instance: Server) -> None:
+        self.supervisor.run(instance, lambda *end: self.ended.append(end))
+        self.round()
+
 
 @pytest.fixture
 def stage() -> Iterator[Callable[..., Stage]]:
     stages = []
 
-    def make(*servers: Server) -> Stage:
-        stages.append(Stage(*servers))
+    def make(*servers: Server, obedient: bool = True) -> Stage:
+        stages.append(Stage(*servers, obedient=obedient))
         return stages[-1]
 
     yield make
     for each in stages:
+        for process in each.spawned:
+            process.status = process.status or 0
         each.supervisor._end_all()
         each.supervisor.stop()
 
@@ -251,6 +265,116 @@ def test_without_commands_nothing_is_ever_due(stage):
     assert it.round() is None
     it.supervisor.start()
     assert "supervisor" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_followed_servers_are_started_and_those_that_are_gone_are_stopped(stage):
+    it = stage(server(id="a"), server(id="b", port=2))
+    it.round()
+    it.follow(server(id="b", port=2), server(id="c", port=3), Server(id="d", host="127.0.0.1", port=4))
+    assert [process.signals[:1] for process in it.spawned] == [[signal.SIGTERM], [], []]
+    assert it.journal.texts[2:] == [
+        "backend a: it is stopped, for its command is configured no more",
+        "backend a: process 100 was ended by SIGTERM after 0.0 s",
+        "backend c: process 102 started: program",
+    ]
+    it.round(later=supervisor.LONGEST_PAUSE)
+    assert len(it.spawned) == 3
+
+
+def test_followed_server_whose_command_changed_is_stopped_and_started_again_at_once(stage):
+    it = stage(server(["old", "{id}"], id="a"))
+    it.round()
+    it.follow(server(["new", "{id}"], id="a"))
+    assert it.journal.texts[1:] == [
+        "backend a: it is stopped, for its command has changed",
+        "backend a: process 100 was ended by SIGTERM after 0.0 s",
+        "backend a: process 101 started: new a",
+    ]
+
+
+def test_followed_server_that_stays_is_left_in_peace_whatever_else_is_changed_about_it(stage):
+    """Its address tells who it is. Its pause stays too, or reloads would keep a crash loop going."""
+    it = stage()
+    it.round()
+    it.die()
+    it.follow(Server("other", "127.0.0.1", 1, weight=9, command=("program",)))
+    assert len(it.spawned) == 1
+    it.round(later=supervisor.FIRST_PAUSE)
+    assert it.journal.texts[-1] == "backend other: process 101 started: program"
+
+
+def test_command_that_was_mended_is_tried_at_once(stage):
+    it = stage(server(["broken"]))
+    it.round()
+    for _ in range(6):
+        it.die(later=supervisor.LONGEST_PAUSE)
+        it.round(later=supervisor.LONGEST_PAUSE)
+    it.die()
+    it.follow(server(["mended"]))
+    assert it.journal.texts[-1].endswith("started: mended")
+
+
+def test_server_that_comes_back_while_its_command_ends_is_started_again(stage):
+    it = stage(obedient=False)
+    it.round()
+    it.follow()
+    it.follow(server())
+    assert len(it.spawned) == 1
+    it.die(0)
+    assert len(it.spawned) == 2
+
+
+def test_command_that_does_not_end_is_killed_and_given_up_at_last(stage):
+    it = stage(obedient=False)
+    it.round()
+    it.follow()
+    it.round(later=supervisor.STOP_PATIENCE)
+    it.round(later=supervisor.KILL_PATIENCE)
+    assert it.spawned[0].signals == [signal.SIGTERM, signal.SIGKILL]
+    assert it.journal.events[-1] == ("error", "backend 1: process 100 does not end, even by SIGKILL")
+    assert it.round() is None
+
+
+def test_instance_is_run_once_and_its_end_is_told_once(stage):
+    it = stage(Server(id="a", host="127.0.0.1", port=1))
+    instance = server(id="i", port=9)
+    it.run(instance)
+    assert it.ended == []
+    it.die(3, later=1.5)
+    assert it.ended == [(instance, 1.5)]
+    assert it.journal.events[-1] == ("warning", "backend i: process 100 ended with exit status 3 after 1.5 s")
+    it.supervisor.end(instance)
+    it.round(later=supervisor.LONGEST_PAUSE)
+    assert len(it.spawned) == len(it.ended) == 1
+
+
+def test_instance_that_cannot_be_started_has_ended(stage):
+    it = stage()
+    it.refusal = FileNotFoundError(2, "No such file or directory", "program")
+    it.run(server(id="i", port=9))
+    assert it.ended == [(server(id="i", port=9), 0.0)]
+    assert it.journal.events[-1] == ("error", "backend i: cannot be started: No such file or directory: program")
+
+
+def test_instance_is_ended_when_that_is_asked_for_and_by_no_configuration(stage):
+    it = stage()
+    instance = server(id="i", port=9)
+    it.run(instance)
+    it.follow()
+    assert it.ended == []
+    it.supervisor.end(instance)
+    it.round()
+    assert it.ended == [(instance, 0.0)]
+    assert it.journal.events[-1] == ("info", "backend i: process 101 was ended by SIGTERM after 0.0 s")
+
+
+def test_instance_that_is_ended_before_it_began_is_told_too(stage):
+    it = stage(Server(id="a", host="127.0.0.1", port=1))
+    it.supervisor.run(server(), lambda *end: it.ended.append(end))
+    it.supervisor.end(server())
+    it.round()
+    assert it.spawned == []
+    assert len(it.ended) == 1
 
 
 def test_output_is_logged_line_by_line_with_the_backends_name(stage):
@@ -370,6 +494,48 @@ def test_command_that_does_not_exist_is_one_clear_line(supervise):
     told.wait_for("tried again in 1 s")
 
 
+def test_thread_and_guard_begin_with_the_first_command(supervise):
+    it, told = supervise(Server("a", "127.0.0.1", 1))
+    it.follow([Server("b", "127.0.0.1", 2)])
+    it.end(server())
+    assert it._thread is None
+    it.follow([server(python(WAIT), port=free_port())])
+    told.wait_for("started")
+    assert "supervisor" in [thread.name for thread in threading.enumerate()]
+    assert runs(it._guard._popen.pid)
+
+
+def test_orders_of_many_threads_are_all_carried_out(supervise):
+    """Each of them has a program run that ends by itself, and one stopped that runs on."""
+    it, told = supervise()
+    ends: list[Server] = []
+
+    def order(number: int) -> None:
+        short, long = (server(python(code), id=f"{code[:4]}-{number}", port=number) for code in ("pass", WAIT))
+        it.run(replace(short, port=100 + number), lambda server, lived: ends.append(server))
+        it.run(long, lambda server, lived: ends.append(server))
+        it.end(long)
+
+    threads = [threading.Thread(target=order, args=(number,)) for number in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    eventually(lambda: len(ends) == 16, f"the ends: {told.texts}")
+    assert len(set(ends)) == 16
+
+
+def test_after_the_stop_nothing_is_started(supervise):
+    it, told = supervise(server(python(WAIT), port=free_port()))
+    it.stop()
+    texts = list(told.texts)
+    it.follow([server(python(WAIT), port=free_port())])
+    it.run(server(python(WAIT), port=free_port()), lambda *_: None)
+    it.end(server())
+    it.stop()
+    assert told.texts == texts
+
+
 def test_stop_is_told_to_the_command_and_leaves_nothing(supervise):
     code = "import signal, sys; signal.signal(15, lambda *_: sys.exit('bye')); print('up');" + WAIT
     it, told = supervise(server(python(code)), server(python(code), id="2", port=2))
@@ -418,8 +584,8 @@ def test_without_descriptors_for_ends_of_processes_deaths_are_noticed_too(superv
     it.stop()
 
 
-def test_balancer_killed_outright_takes_its_commands_along(tmp_path: Path):
-    """`kill -9` runs no handler: it is the guard that ends the commands."""
+def test_balancer_killed_outright_takes_its_commands_and_instances_along(tmp_path: Path):
+    """`kill -9` runs no handler: it is the guard that ends them."""
     program = f"""
 import os, signal, sys
 from pathlib import Path
@@ -430,9 +596,15 @@ class Journal:
     def event(self, level, text):
         print(text, flush=True)
 
+def waiting(port):
+    return Server(str(port), "127.0.0.1", port, command=("{{python}}", "-c", "{WAIT}"))
+
 supervisor.STOP_PATIENCE = 0.2
-it = supervisor.Supervisor([Server("1", "127.0.0.1", 1, command=("{{python}}", "-c", "{WAIT}"))], Path(), Journal())
+it = supervisor.Supervisor([], Path(), Journal())
 it.start()
+it.follow([waiting(1)])
+it.run(waiting(2), lambda server, lived: None)
+sys.stdin.readline()
 print(it._guard._popen.pid, flush=True)
 sys.stdin.read()
 """
@@ -444,12 +616,15 @@ sys.stdin.read()
         text=True,
     ) as balancer:
         try:
-            child = int(re.search(r"process (\d+) started", balancer.stdout.readline())[1])
+            lines = [balancer.stdout.readline() for _ in range(2)]
+            children = [int(re.search(r"process (\d+) started", line)[1]) for line in lines]
+            balancer.stdin.write("\n")
+            balancer.stdin.flush()
             guard = int(balancer.stdout.readline())
-            assert runs(child)
+            assert all(map(runs, children))
         finally:
             balancer.kill()
-    eventually(lambda: not runs(child), "the command is gone")
+    eventually(lambda: not any(map(runs, children)), "the commands are gone")
     eventually(lambda: not runs(guard), "the guard is gone")
 
 
