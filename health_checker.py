@@ -25,12 +25,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from balancer import __version__, config
+from balancer import config
 from balancer.backend import Backend
 from balancer.health import HealthChecker
 from balancer.journal import Journal
 from balancer.pickers import RoundRobin
 from balancer.pool import Pool
+from balancer.version import __version__
 
 PROGRAM = "health_checker.py"
 NEVER_AGAIN = 86400.0  # seconds between two probes of a backend that is to be probed once

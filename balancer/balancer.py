@@ -6,21 +6,27 @@ import os
 import resource
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TextIO
 
-from balancer.backend import Backend
-from balancer.config import Config, format_address
+from balancer.admin import AdminServer
+from balancer.backend import Backend, Endpoint, literal_endpoints, resolve
+from balancer.config import Config, ConfigError, Server, format_address
+from balancer.control import Control
 from balancer.frontend import Frontend
 from balancer.health import HealthChecker
-from balancer.http1 import HeadLimits
+from balancer.http1 import AnswerReader, HeadLimits
 from balancer.http_session import HttpSession
 from balancer.journal import Journal
 from balancer.listener import Listener, bind
-from balancer.pickers import make_picker
+from balancer.pickers import Picker, make_picker
 from balancer.pool import Pool
 from balancer.pump import Pumps
 from balancer.reactor import Reactor
+from balancer.reload import Difference, Watcher, applicable, difference
+from balancer.scaling import Load, Scaler
+from balancer.status import Status
 from balancer.supervisor import Supervisor
 from balancer.tcp_session import TcpSession
 from balancer.upstream import Upstreams
@@ -33,30 +39,46 @@ DESCRIPTORS_APART = 100  # for the log, the probes, the children, the interprete
 class LoadBalancer:
     """One listener and its backends. `start`, then `stop`; or `drain` and `close`, where waiting is the caller's.
 
-    Raises ValueError for a policy's file that is of no use, OSError where it cannot listen or open its log.
+    `load` gives the configuration anew when its file has changed; without it no file is watched. `token` is what an
+    operator must know to change anything. Raises ValueError for a policy's file that is of no use, OSError where it
+    cannot listen or open its log.
     """
 
-    def __init__(self, config: Config, echo: TextIO | None = None) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: Config,
+        echo: TextIO | None = None,
+        *,
+        load: Callable[[], Config] | None = None,
+        token: str = "",
+    ) -> None:
+        self.config = self.wanted = config  # what applies, and what was asked for: some of it takes a restart
+        self.config_error: str | None = None  # what is wrong with the file, until that is mended
+        self.draining = False
+        self._changing = threading.Lock()  # one change of the configuration at a time
+        self._supervising = threading.Lock()  # what is to be run is found out and passed on by one thread at a time
+        self._known: dict[str, Server] = {}  # by address; also those that leave, for their commands
         log = config.log
         self._journal = Journal(
             log.file, level=log.level, max_bytes=log.max_bytes, backups=log.backups, format=log.format, echo=echo
         )
-        picker = make_picker(config.algorithm, config.base, lambda text: self._journal.event("error", text))
         limits = config.limits
         head_limits = HeadLimits(limits.head_bytes, limits.request_line_bytes, limits.fields)
         health = config.health_check
         self.pool = Pool(
             [Backend(server, head_limits) for server in config.servers],
-            picker,
+            self._make_picker(config),
             rise=health.rise,
             fall=health.fall,
             on_change=self._backend_changed,
+            on_left=self._backend_left,
         )
         self._sock = bind(config.host, config.port)
         self.reactor = Reactor(tick=_tick(config), on_error=self._crashed)
         self.pumps = Pumps(on_error=self._crashed)
-        self._health = HealthChecker(self.pool, health, on_error=lambda text: self._journal.event("error", text))
+        self._health = HealthChecker(
+            self.pool, health, on_error=lambda text: self._journal.event("error", text), resolve=self._resolve
+        )
         self.upstreams = Upstreams(
             self.reactor,
             self.pool,
@@ -69,7 +91,7 @@ class LoadBalancer:
             self.reactor,
             self._sock,
             TcpSession if config.mode == "tcp" else HttpSession,
-            limits.connections or (_raise_descriptor_limit() - DESCRIPTORS_APART) // 2,
+            _most_connections(config),
             self._journal.event,
         )
         self._front = Frontend(
@@ -79,39 +101,100 @@ class LoadBalancer:
             self.upstreams,
             self.pumps,
             self._journal,
+            self.listener.sessions,
             self.listener.session_closed,
         )
         self.listener.front = self._front
         self._supervisor = Supervisor(config.servers, config.base, self._journal)
+        self._instances: Sequence[Server] = ()  # backends that are started by the load
+        self._scaler = Scaler(
+            self._supervisor,
+            load=self._instances_load,
+            publish=self._publish,
+            serves=lambda server: any(backend.eligible for backend in self._backends_at(server)),
+            drained=lambda server: not self._backends_at(server),
+            on_event=self._journal.event,
+            on_error=self._crashed,
+        )
+        self._scaler.configure(config.scaling, config.servers, config.timeouts.drain)
+        self.upstreams.worth_waiting = self._worth_waiting
         self.host, self.port = self.listener.address
         self._front.authority = format_address(self.host, self.port).encode()
+        self.status = Status(
+            self, self._front, self._journal, can_change=bool(token), scaling=self._scaler.describe
+        )
+        self._watcher = load and Watcher(
+            Path(config.source), config, load, self._take_file, self._refuse_file, self._crashed
+        )
+        on_written = self._watcher.known if self._watcher else lambda config: None
+        self._control = Control(self, self.status, self._front.incidents, load, on_written)
+        self._no_admin = ""  # why there is no operator's port
+        self._admin = self._make_admin(config, token)
 
     @property
     def url(self) -> str:
         return f"{self.config.mode}://{format_address(self.host, self.port)}"
+
+    @property
+    def admin_url(self) -> str:
+        """Where the operator's port is; "" where there is none."""
+        return f"{self._admin.url}/" if self._admin else ""
+
+    def _make_admin(self, config: Config, token: str) -> AdminServer | None:
+        if not config.admin.host:
+            return None
+        try:
+            return AdminServer(config.admin, token, self._control, self._journal.event)
+        except OSError as error:
+            if config.admin.asked_for:
+                self._discard()
+                raise
+            # Another balancer on this machine has it, as is the way of defaults.
+            self._no_admin = f"there is no status page: {error}; choose an address by --admin HOST:PORT"
+            return None
+
+    def _discard(self) -> None:
+        """Give back what the parts hold that were never started."""
+        self._sock.close()
+        self._health.stop()
+        self._supervisor.stop()
+        self.reactor.stop()
 
     def start(self) -> None:
         """Returns once connections are accepted."""
         try:
             self._journal.start()
         except OSError as error:
-            self._sock.close()
-            self._health.stop()
-            self._supervisor.stop()
-            self.reactor.stop()
+            if self._admin:
+                self._admin.stop()
+            self._discard()
             raise OSError(f"cannot open the log {self.config.log.file}: {os.strerror(error.errno or 0)}") from None
         config = self.config
         self._journal.event(
             "info", f"start: {self.url}, {len(config.servers)} backends, {config.algorithm}, from {config.source}"
         )
+        if self._no_admin:
+            self._journal.event("warning", self._no_admin)
         self._supervisor.start()
         self._supervisor.wait_ready(READY_PATIENCE)
         self._health.start()
         self.reactor.start()
         self.reactor.call_soon(self.listener.start)
+        self._scaler.start()
+        if self._watcher:
+            self._watcher.start()
+        if self._admin:
+            self._admin.start()
+
+    def announce_stop(self) -> None:
+        """Say at /healthz that this balancer is going away, and serve on."""
+        if not self.draining:
+            self.draining = True
+            self._journal.event("info", "stop: /healthz says so from here on")
 
     def drain(self, on_drained: Callable[[], None]) -> None:
         """Accept no more and let what is in hand end. `on_drained` is called on another thread."""
+        self.announce_stop()
         self._journal.event("info", "stop: accepting no more connections")
         self.listener.on_drained = on_drained
         self.reactor.call_soon(self._drain)
@@ -125,6 +208,11 @@ class LoadBalancer:
         if not done.wait(CUT_PATIENCE):
             self._journal.event("error", f"stop: {len(self.listener.sessions)} connections did not end")
         self.reactor.call_soon(self._drop_idle)
+        if self._admin:
+            self._admin.stop()
+        if self._watcher:
+            self._watcher.stop()
+        self._scaler.stop()
         self._health.stop()
         self.reactor.stop()
         self.pumps.stop()
@@ -140,6 +228,143 @@ class LoadBalancer:
         drained.wait(self.config.timeouts.drain if patience is None else patience)
         return self.close()
 
+    # ---- another configuration ------------------------------------------------------------------------------------
+
+    @property
+    def restart_needed(self) -> Sequence[str]:
+        """What the configuration says and only the next start can bring about, in lines."""
+        return difference(self.config, self.wanted).restart_needed
+
+    def reconfigure(self, config: Config, who: str) -> Difference:
+        """Swap in another configuration, for whatever begins from here on; nothing that is open is disturbed.
+
+        Returns what is different. Raises ConfigError where that cannot be done, and then all is as it was.
+        """
+        with self._changing:
+            found = difference(self.wanted, config)
+            wanted, config = config, applicable(self.config, config)
+            try:
+                picker = self._make_picker(config) if config.algorithm != self.config.algorithm else None
+                log = config.log
+                self._journal.configure(
+                    log.file, level=log.level, max_bytes=log.max_bytes, backups=log.backups, format=log.format
+                )
+            except ValueError as error:
+                raise ConfigError(f"{config.source}: algorithm: {error}") from None
+            except OSError as error:
+                raise ConfigError(f"{config.source}: log.file: {log.file}: {os.strerror(error.errno or 0)}") from None
+            self.config, self.wanted = config, wanted
+            for line in (*found.removed, *found.added, *found.changed):
+                self._journal.event("info", f"{who}: {line}")
+            for line in found.restart_needed:
+                self._journal.event("warning", f"{who}: {line}")
+            self.pool.configure(picker=picker, rise=config.health_check.rise, fall=config.health_check.fall)
+            self._set_backends()
+            self._scaler.configure(config.scaling, config.servers, config.timeouts.drain)
+            self.reactor.call_soon(self._follow_config, config)
+            return found
+
+    def look_at_file(self) -> None:
+        """Load the file soon, whether it looks changed or not."""
+        if self._watcher:
+            self._watcher.notice_now()
+
+    def reopen_log(self) -> None:
+        """Go on in a new file, the old one having been moved away."""
+        self._journal.reopen()
+
+    def _take_file(self, config: Config) -> None:
+        """The file has another content, or is right again."""
+        self.reconfigure(config, config.source)
+        if self.config_error is not None:
+            self.config_error = None
+            self._journal.event("info", f"{config.source}: is right again")
+
+    def _refuse_file(self, text: str) -> None:
+        self.config_error = text
+        self._journal.event("error", f"{text}; the former configuration goes on")
+
+    def _set_backends(self) -> None:
+        """Have the pool, the probes and the commands follow the configuration and the instances."""
+        config = self.config
+        limits = config.limits
+        head_limits = HeadLimits(limits.head_bytes, limits.request_line_bytes, limits.fields)
+        configured = {server.address for server in config.servers}
+        instances = [server for server in self._instances if server.address not in configured]
+        added, left = self.pool.replace((*config.servers, *instances), head_limits)
+        for backend in added:
+            backend.scaled = backend.address not in configured
+        for backend in left:
+            self.reactor.call_soon(self.upstreams.drop_idle, backend)
+        self._health.configure(config.health_check)
+        self._supervise()
+        self.status.backend_changed()
+
+    def _resolve(self, host: str, port: int) -> tuple[Endpoint, ...]:
+        """The endpoints of a backend's host."""
+        return literal_endpoints(host, port) or resolve(host, port)
+
+    def _make_picker(self, config: Config) -> Picker:
+        return make_picker(config.algorithm, config.base, lambda text: self._journal.event("error", text))
+
+    def _follow_config(self, config: Config) -> None:
+        """The reactor's part of a change."""
+        front, upstreams = self._front, self.upstreams
+        if config.limits != front.limits:
+            front.configure(config)
+            for backend in self.pool.backends:
+                backend.answers = AnswerReader(front.head_limits)
+        else:
+            front.configure(config)
+        upstreams.timeouts, upstreams.limits, upstreams.retries = config.timeouts, config.limits, config.retries
+        self.reactor.tick = _tick(config)
+        self.listener.allow(_most_connections(config))
+        upstreams.serve_waiting()
+
+    def _backend_left(self, backend: Backend) -> None:
+        """The last that it had in hand has ended, on whichever thread that was."""
+        self._journal.event("info", f"backend {backend.id} {backend.address} is gone: it has nothing in hand any more")
+        self._supervise()
+
+    def _supervise(self) -> None:
+        """Run the commands of the backends that there are, and of those that still end what they have in hand."""
+        with self._supervising:
+            self._known.update((server.address, server) for server in self.config.servers)
+            present = {server.address for server in self.config.servers}
+            leaving = {backend.address for backend in self.pool.leaving} - present
+            self._known = {address: self._known[address] for address in present | leaving if address in self._known}
+            self._supervisor.follow([server for server in self._known.values() if server.command])
+
+    # ---- backends that are started by the load ----------------------------------------------------------------------
+
+    def _publish(self, servers: Sequence[Server]) -> None:
+        with self._changing:
+            self._instances = tuple(servers)
+            self._set_backends()
+
+    def _backends_at(self, server: Server) -> list[Backend]:
+        """The backend with this server's address, be it one that leaves; none when that is gone."""
+        backends, leaving, _ = self.pool.members()
+        return [backend for backend in (*backends, *leaving) if backend.address == server.address]
+
+    def _instances_load(self) -> Load:
+        instances = [backend for backend in self.pool.backends if backend.scaled]
+        return Load(
+            active=sum(backend.active for backend in instances),
+            waiting=self.upstreams.waiting,
+            leased=sum(backend.tally.sessions for backend in instances),
+        )
+
+    def _worth_waiting(self) -> float:
+        """For how long a request may wait that finds no backend: until an instance has started, if one does."""
+        scaling = self.config.scaling
+        if scaling is None:
+            return 0.0
+        self._scaler.wake()
+        return scaling.start_timeout if self._scaler.starting else 0.0
+
+    # ---- what the threads tell each other ---------------------------------------------------------------------------
+
     def _drain(self) -> None:
         self._front.draining = True
         self.listener.stop()
@@ -152,6 +377,7 @@ class LoadBalancer:
         """On whichever thread noticed it."""
         level = "info" if backend.healthy else "warning"
         self._journal.event(level, f"backend {backend.id} {backend.address} {backend.status}: {reason}")
+        self.status.backend_changed()
         self.reactor.call_soon(self._follow_change, backend)
 
     def _follow_change(self, backend: Backend) -> None:
@@ -172,6 +398,11 @@ def _tick(config: Config) -> float:
     """How late a deadline may be noticed: a tenth of the shortest timeout, within reason."""
     seconds: list[float] = [value for value in vars(config.timeouts).values() if value]
     return min(0.5, max(0.02, min(seconds) / 10))
+
+
+def _most_connections(config: Config) -> int:
+    """How many client connections there may be at once: each may need another to a backend."""
+    return config.limits.connections or (_raise_descriptor_limit() - DESCRIPTORS_APART) // 2
 
 
 def _raise_descriptor_limit() -> int:

@@ -26,7 +26,8 @@ def running(
         {"id": number, **(backend if isinstance(backend, dict) else {"host": backend[0], "port": backend[1]})}
         for number, backend in enumerate(backends, 1)
     ]
-    settings = {"servers": servers, "listen": {"port": 0}, "log": {"file": str(tmp_path / "lb.log")}, **keys}
+    log = {"file": str(tmp_path / "lb.log")}
+    settings = {"servers": servers, "listen": {"port": 0}, "log": log, "admin": {"address": "off"}, **keys}
     balancer = LoadBalancer(parse(json.dumps(settings), "test", tmp_path))
     balancer.start()
     try:

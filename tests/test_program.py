@@ -18,7 +18,7 @@ import pytest
 
 import lb
 from backend_server import make_server, serving
-from balancer import __version__
+from balancer.version import __version__
 from conftest import PATIENCE, eventually, processes
 from fakes import Answer, Connection, FakeBackend, read_response
 from programs import LB, ROOT, Program, checkout, free_ports, run, started, write_settings
@@ -270,7 +270,7 @@ def test_a_second_signal_cuts_what_is_in_flight(in_flight, tmp_path):
     assert program.stop() == 0
     assert sock.recv(1) == b""
     assert re.fullmatch(r"lb: stopped, 1 connections? cut\n", program.err)
-    assert re.search(r'"GET / HTTP/1.1" - 0 backend=1 [\d.]+ms code=KH tries=1\n', log(tmp_path))
+    assert re.search(r'"GET / HTTP/1.1" - 0 backend=1 [\d.]+ms code=KH tries=1 id=\S+\n', log(tmp_path))
 
 
 def test_the_drain_has_an_end(tmp_path):
