@@ -18,9 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from balancer.admin import find_token
 from balancer.balancer import LoadBalancer
-from balancer.config import Config, ConfigError, describe, find, from_addresses, load, override, refuse_clashes
+from balancer.config import Config, ConfigError, describe, find, from_addresses, load, override, refuse_contradictions
+from balancer.gate import find_token
+from balancer.keys import Keys
 from balancer.pickers import make_picker
 from balancer.reload import difference
 from balancer.remote import Unreachable, explanation, running_config
@@ -41,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = configure(flags)
         token = find_token(config.admin, os.environ)
+        Keys(config)  # for what may be wrong with its files
         if flags.check or flags.diff:
             return check(config, flags.diff)
         if flags.explain:
@@ -48,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         return fail(str(error), 2)
     signals = Signals()
+    sys.unraisablehook = report_unraisable
     try:
         # The file that it was, even if one in the working directory has gone and there is another beside lb.py.
         again = None if flags.backends else partial(configure, flags, Path(config.source))
@@ -93,6 +96,8 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", metavar="http|tcp", help="balance each request, or each connection (default http)")
     parser.add_argument("--algorithm", metavar="NAME", help="a policy's name, or a .py file (default round_robin)")
     parser.add_argument("--interval", metavar="SECONDS", help="between two health checks of a backend (default 2)")
+    parser.add_argument("--tls-cert", metavar="FILE", help="certificate and chain: clients speak TLS then")
+    parser.add_argument("--tls-key", metavar="FILE", help="the key of --tls-cert")
     parser.add_argument("--log-file", metavar="FILE", help="default load_balancer.log")
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error (default info)")
     parser.add_argument("--log-format", metavar="FORMAT", help="text, haproxy or json (default text)")
@@ -120,8 +125,10 @@ def configure(flags: argparse.Namespace, path: Path | None = None) -> Config:
         log_level=flags.log_level,
         log_format=flags.log_format,
         admin=flags.admin,
+        tls_cert=flags.tls_cert,
+        tls_key=flags.tls_key,
     )
-    refuse_clashes(config)
+    refuse_contradictions(config)
     try:
         make_picker(config.algorithm, config.base, report=lambda text: None)
     except ValueError as error:
@@ -152,6 +159,13 @@ def explain(config: Config, request_id: str) -> int:
     except (Unreachable, LookupError) as error:
         return fail(str(error.args[0]), 1)
     return 0
+
+
+def report_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    """Keep quiet of a server name that is no ASCII: the ssl module refuses that handshake, and then complains here."""
+    error = unraisable.exc_value
+    if not (isinstance(error, UnicodeDecodeError) and isinstance(unraisable.object, bytes)):
+        sys.__unraisablehook__(unraisable)
 
 
 def fail(message: str, status: int) -> int:

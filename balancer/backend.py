@@ -16,6 +16,7 @@ from __future__ import annotations
 import enum
 import math
 import socket
+import ssl
 from typing import TYPE_CHECKING, Any
 
 from balancer.config import Server
@@ -68,8 +69,11 @@ class Backend:
         "port",
         "probed",
         "scaled",
+        "send_proxy",
+        "server_name",
         "streak",
         "tally",
+        "tls_context",
         "turn",
         "weight",
     )
@@ -78,6 +82,8 @@ class Backend:
         self.host = server.host
         self.port = server.port
         self.address = server.address
+        self.tls_context: ssl.SSLContext | None = None  # None: it is spoken to in the clear
+        self.server_name = ""  # that its certificate must have
         self.configure(server)
 
         self.endpoints: tuple[Endpoint, ...] = literal_endpoints(server.host, server.port)
@@ -105,6 +111,7 @@ class Backend:
         self.weight = server.weight
         self.backup = server.backup
         self.max_connections = server.max_connections
+        self.send_proxy = server.send_proxy
 
     def __repr__(self) -> str:
         kind = "backup" if self.backup else "backend"
@@ -162,8 +169,14 @@ class Backend:
         return self.average * max(AVERAGE_FLOOR, math.pow(2.0, (self.average_at - now) / AVERAGE_HALF_LIFE))
 
 
+class TlsFailure(OSError):
+    """The connection is there, and TLS is not; its text says why."""
+
+
 def connect_failure(error: OSError) -> str:
-    """Why there is no connection: "L4CON refused", "L4CON no route to host", "L4TOUT"."""
+    """Why there is no connection: "L4CON refused", "L4CON no route to host", "L4TOUT", "L6RSP no TLS"."""
+    if isinstance(error, TlsFailure):
+        return f"L6RSP {error}"
     if isinstance(error, TimeoutError):
         return "L4TOUT"
     return "L4CON refused" if isinstance(error, ConnectionRefusedError) else f"L4CON {in_words(error)}"
@@ -173,6 +186,13 @@ def in_words(error: OSError) -> str:
     """The system's text for an error, fit for the middle of a line."""
     text = error.strerror or str(error) or type(error).__name__
     return text[:1].lower() + text[1:]
+
+
+def tls_in_words(error: ssl.SSLError) -> str:
+    """Why a handshake failed: "certificate has expired", "wrong version number"."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message or "certificate verify failed"
+    return (error.reason or str(error)).lower().replace("_", " ")
 
 
 def literal_endpoints(host: str, port: int) -> tuple[Endpoint, ...]:

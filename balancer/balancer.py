@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,13 +13,15 @@ from typing import TextIO
 
 from balancer.admin import AdminServer
 from balancer.backend import Backend, Endpoint, literal_endpoints, resolve
+from balancer.certificates import server_name
 from balancer.config import Config, ConfigError, Server, format_address
 from balancer.control import Control
 from balancer.frontend import Frontend
 from balancer.health import HealthChecker
 from balancer.http1 import AnswerReader, HeadLimits
-from balancer.http_session import HttpSession
+from balancer.http_session import HttpSession, PlainHttpSession
 from balancer.journal import Journal
+from balancer.keys import Keys
 from balancer.listener import Listener, bind
 from balancer.pickers import Picker, make_picker
 from balancer.pool import Pool
@@ -27,12 +30,15 @@ from balancer.reactor import Reactor
 from balancer.reload import Difference, Watcher, applicable, difference
 from balancer.scaling import Load, Scaler
 from balancer.status import Status
+from balancer.stream import Handshaker
 from balancer.supervisor import Supervisor
 from balancer.tcp_session import TcpSession
 from balancer.upstream import Upstreams
 
 READY_PATIENCE = 5.0  # seconds that commands are given to answer before the first client is accepted
 CUT_PATIENCE = 5.0  # seconds that sessions which were cut are given to end
+HANDSHAKE_THREADS = 2  # TLS handshakes are computed on these
+HANDSHAKES = 512  # with clients, under way at once; others wait
 DESCRIPTORS_APART = 100  # for the log, the probes, the children, the interpreter
 
 
@@ -55,6 +61,7 @@ class LoadBalancer:
         self.config = self.wanted = config  # what applies, and what was asked for: some of it takes a restart
         self.config_error: str | None = None  # what is wrong with the file, until that is mended
         self.draining = False
+        self._keys = Keys(config)
         self._changing = threading.Lock()  # one change of the configuration at a time
         self._supervising = threading.Lock()  # what is to be run is found out and passed on by one thread at a time
         self._known: dict[str, Server] = {}  # by address; also those that leave, for their commands
@@ -62,11 +69,9 @@ class LoadBalancer:
         self._journal = Journal(
             log.file, level=log.level, max_bytes=log.max_bytes, backups=log.backups, format=log.format, echo=echo
         )
-        limits = config.limits
-        head_limits = HeadLimits(limits.head_bytes, limits.request_line_bytes, limits.fields)
-        health = config.health_check
+        limits, health = config.limits, config.health_check
         self.pool = Pool(
-            [Backend(server, head_limits) for server in config.servers],
+            [self._make_backend(server) for server in config.servers],
             self._make_picker(config),
             rise=health.rise,
             fall=health.fall,
@@ -74,8 +79,10 @@ class LoadBalancer:
             on_left=self._backend_left,
         )
         self._sock = bind(config.host, config.port)
+        redirect = self._bind_redirect(config)
         self.reactor = Reactor(tick=_tick(config), on_error=self._crashed)
         self.pumps = Pumps(on_error=self._crashed)
+        self._handshaker = Handshaker(self.reactor, HANDSHAKE_THREADS, HANDSHAKES, self._crashed)
         self._health = HealthChecker(
             self.pool, health, on_error=lambda text: self._journal.event("error", text), resolve=self._resolve
         )
@@ -85,6 +92,7 @@ class LoadBalancer:
             config.timeouts,
             limits,
             config.retries,
+            self._handshaker,
             on_refused=self._health.probe_now,
         )
         self.listener = Listener(
@@ -94,17 +102,16 @@ class LoadBalancer:
             _most_connections(config),
             self._journal.event,
         )
-        self._front = Frontend(
-            config,
-            self.reactor,
-            self.pool,
-            self.upstreams,
-            self.pumps,
-            self._journal,
-            self.listener.sessions,
-            self.listener.session_closed,
-        )
-        self.listener.front = self._front
+        self._front = self._make_front(self.listener)
+        self._front.make_refusal = PlainHttpSession if config.mode == "http" else None
+        self._listeners = [self.listener]
+        if redirect is not None:
+            also = Listener(self.reactor, redirect, HttpSession, self.listener.most, self._journal.event)
+            self._listeners.append(also)
+            front = self._make_front(also)
+            front.redirects_to = b"" if self.listener.address[1] == 443 else b":%d" % self.listener.address[1]
+            front.configure(config)
+        self._use_keys(self._keys)
         self._supervisor = Supervisor(config.servers, config.base, self._journal)
         self._instances: Sequence[Server] = ()  # backends that are started by the load
         self._scaler = Scaler(
@@ -124,7 +131,7 @@ class LoadBalancer:
             self, self._front, self._journal, can_change=bool(token), scaling=self._scaler.describe
         )
         self._watcher = load and Watcher(
-            Path(config.source), config, load, self._take_file, self._refuse_file, self._crashed
+            Path(config.source), config, load, self._take_file, self._refuse_file, self._crashed, others=self._key_files
         )
         on_written = self._watcher.known if self._watcher else lambda config: None
         self._control = Control(self, self.status, self._front.incidents, load, on_written)
@@ -133,12 +140,38 @@ class LoadBalancer:
 
     @property
     def url(self) -> str:
-        return f"{self.config.mode}://{format_address(self.host, self.port)}"
+        scheme = "https" if self.config.tls and self.config.mode == "http" else self.config.mode
+        return f"{scheme}://{format_address(self.host, self.port)}"
 
     @property
     def admin_url(self) -> str:
         """Where the operator's port is; "" where there is none."""
         return f"{self._admin.url}/" if self._admin else ""
+
+    def _bind_redirect(self, config: Config) -> socket.socket | None:
+        """For clients of plain HTTP, who are told where it is served encrypted."""
+        if config.tls is None or not config.tls.redirect_from:
+            return None
+        host, _, port = config.tls.redirect_from.rpartition(":")
+        try:
+            return bind(host.strip("[]"), int(port))
+        except OSError:
+            self._sock.close()
+            raise
+
+    def _make_front(self, listener: Listener) -> Frontend:
+        front = listener.front = Frontend(
+            self.config,
+            self.reactor,
+            self.pool,
+            self.upstreams,
+            self.pumps,
+            self._handshaker,
+            self._journal,
+            listener.sessions,
+            listener.session_closed,
+        )
+        return front
 
     def _make_admin(self, config: Config, token: str) -> AdminServer | None:
         if not config.admin.host:
@@ -155,7 +188,8 @@ class LoadBalancer:
 
     def _discard(self) -> None:
         """Give back what the parts hold that were never started."""
-        self._sock.close()
+        for listener in self._listeners:
+            listener.discard()
         self._health.stop()
         self._supervisor.stop()
         self.reactor.stop()
@@ -173,13 +207,16 @@ class LoadBalancer:
         self._journal.event(
             "info", f"start: {self.url}, {len(config.servers)} backends, {config.algorithm}, from {config.source}"
         )
+        self._warn(self._keys)
         if self._no_admin:
             self._journal.event("warning", self._no_admin)
         self._supervisor.start()
         self._supervisor.wait_ready(READY_PATIENCE)
         self._health.start()
         self.reactor.start()
-        self.reactor.call_soon(self.listener.start)
+        self.status.sample()  # rates are counted from here
+        for listener in self._listeners:
+            self.reactor.call_soon(listener.start)
         self._scaler.start()
         if self._watcher:
             self._watcher.start()
@@ -196,17 +233,20 @@ class LoadBalancer:
         """Accept no more and let what is in hand end. `on_drained` is called on another thread."""
         self.announce_stop()
         self._journal.event("info", "stop: accepting no more connections")
-        self.listener.on_drained = on_drained
+        self._when_drained(on_drained)
         self.reactor.call_soon(self._drain)
 
     def close(self) -> int:
         """Cut what is left, and end every thread and child. Returns how many connections were cut."""
         cut: list[int] = []
         done = threading.Event()
-        self.listener.on_drained = done.set
-        self.reactor.call_soon(lambda: cut.append(self.listener.kill()))
+        self._when_drained(done.set)
+        for listener in self._listeners:
+            self.reactor.call_soon(lambda listener=listener: cut.append(listener.kill()))
         if not done.wait(CUT_PATIENCE):
-            self._journal.event("error", f"stop: {len(self.listener.sessions)} connections did not end")
+            left = sum(len(listener.sessions) for listener in self._listeners)
+            self._journal.event("error", f"stop: {left} connections did not end")
+        self._handshaker.settle(CUT_PATIENCE)
         self.reactor.call_soon(self._drop_idle)
         if self._admin:
             self._admin.stop()
@@ -216,6 +256,7 @@ class LoadBalancer:
         self._health.stop()
         self.reactor.stop()
         self.pumps.stop()
+        self._handshaker.stop()
         self._supervisor.stop()
         self._journal.event("info", f"stop: done, {sum(cut)} connections cut" if sum(cut) else "stop: done")
         self._journal.stop()
@@ -243,6 +284,7 @@ class LoadBalancer:
         with self._changing:
             found = difference(self.wanted, config)
             wanted, config = config, applicable(self.config, config)
+            keys = Keys(config, self._keys)
             try:
                 picker = self._make_picker(config) if config.algorithm != self.config.algorithm else None
                 log = config.log
@@ -253,13 +295,15 @@ class LoadBalancer:
                 raise ConfigError(f"{config.source}: algorithm: {error}") from None
             except OSError as error:
                 raise ConfigError(f"{config.source}: log.file: {log.file}: {os.strerror(error.errno or 0)}") from None
-            self.config, self.wanted = config, wanted
+            self.config, self.wanted, self._keys = config, wanted, keys
             for line in (*found.removed, *found.added, *found.changed):
                 self._journal.event("info", f"{who}: {line}")
             for line in found.restart_needed:
                 self._journal.event("warning", f"{who}: {line}")
             self.pool.configure(picker=picker, rise=config.health_check.rise, fall=config.health_check.fall)
             self._set_backends()
+            self.reactor.call_soon(self._use_keys, keys)
+            self._warn(keys)
             self._scaler.configure(config.scaling, config.servers, config.timeouts.drain)
             self.reactor.call_soon(self._follow_config, config)
             return found
@@ -272,6 +316,9 @@ class LoadBalancer:
     def reopen_log(self) -> None:
         """Go on in a new file, the old one having been moved away."""
         self._journal.reopen()
+
+    def _key_files(self) -> tuple[object, ...]:
+        return self._keys.state()
 
     def _take_file(self, config: Config) -> None:
         """The file has another content, or is right again."""
@@ -287,18 +334,36 @@ class LoadBalancer:
     def _set_backends(self) -> None:
         """Have the pool, the probes and the commands follow the configuration and the instances."""
         config = self.config
-        limits = config.limits
-        head_limits = HeadLimits(limits.head_bytes, limits.request_line_bytes, limits.fields)
-        configured = {server.address for server in config.servers}
+        configured = {server.address: server for server in config.servers}
         instances = [server for server in self._instances if server.address not in configured]
-        added, left = self.pool.replace((*config.servers, *instances), head_limits)
+        added, left = self.pool.replace((*config.servers, *instances), self._make_backend)
         for backend in added:
             backend.scaled = backend.address not in configured
-        for backend in left:
+        changed = [
+            backend
+            for backend in self.pool.backends
+            if backend.address in configured and self._encrypt(backend, configured[backend.address])
+        ]
+        for backend in (*left, *changed):
             self.reactor.call_soon(self.upstreams.drop_idle, backend)
         self._health.configure(config.health_check)
         self._supervise()
         self.status.backend_changed()
+
+    def _make_backend(self, server: Server) -> Backend:
+        limits = self.config.limits
+        backend = Backend(server, HeadLimits(limits.head_bytes, limits.request_line_bytes, limits.fields))
+        self._encrypt(backend, server)
+        return backend
+
+    def _encrypt(self, backend: Backend, server: Server) -> bool:
+        """Have connections to it encrypted, or not, as its entry says. False when that is as it was."""
+        context = self._keys.backend_context(server)
+        name = server_name(server.tls, server.host) if server.tls else ""
+        if (context, name) == (backend.tls_context, backend.server_name):
+            return False
+        backend.tls_context, backend.server_name = context, name
+        return True
 
     def _resolve(self, host: str, port: int) -> tuple[Endpoint, ...]:
         """The endpoints of a backend's host."""
@@ -306,6 +371,18 @@ class LoadBalancer:
 
     def _make_picker(self, config: Config) -> Picker:
         return make_picker(config.algorithm, config.base, lambda text: self._journal.event("error", text))
+
+    def _use_keys(self, keys: Keys) -> None:
+        """Connections that begin from here on are encrypted by these, and cookies signed."""
+        front = self._front
+        front.tls_context = keys.context
+        front.sticky = keys.sticky
+        front.sticks = {keys.sticky.value(one): one for one in self.pool.backends} if keys.sticky else {}
+        front.configure(self.config)
+
+    def _warn(self, keys: Keys) -> None:
+        for warning in keys.warnings:
+            self._journal.event("warning", warning)
 
     def _follow_config(self, config: Config) -> None:
         """The reactor's part of a change."""
@@ -365,9 +442,19 @@ class LoadBalancer:
 
     # ---- what the threads tell each other ---------------------------------------------------------------------------
 
+    def _when_drained(self, on_drained: Callable[[], None]) -> None:
+        def one_is() -> None:
+            if all(listener.drained for listener in self._listeners):
+                on_drained()
+
+        for listener in self._listeners:
+            listener.on_drained = one_is
+
     def _drain(self) -> None:
-        self._front.draining = True
-        self.listener.stop()
+        for listener in self._listeners:
+            if listener.front:
+                listener.front.draining = True
+            listener.stop()
 
     def _drop_idle(self) -> None:
         for backend in self.pool.backends:

@@ -7,29 +7,32 @@ line in a table. Seconds and octets throughout; the defaults are those of the da
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
-import json
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from balancer import checks
+from balancer.checks import ConfigError as ConfigError  # noqa: PLC0414 - it is found here by those who load
+from balancer.checks import Place
+from balancer.checks import format_address as format_address  # noqa: PLC0414 - of an address in a configuration
+
 _NO_SERVERS = 'must not be empty; name at least one server, such as {"host": "127.0.0.1", "port": 8001}'
 DEFAULT_FILE = "servers.json"
-POLICIES = ("round_robin", "least_connections", "random", "ip_hash", "power_of_two", "least_time")
-PLACEHOLDERS = ("python", "port", "host", "id")
+POLICIES = ("round_robin", "least_connections", "random", "ip_hash", "power_of_two", "least_time", "hash")
 LARGEST_FILE = 16 * 1024 * 1024
-LONGEST_PATH = 4096
-LONGEST_WAIT = 1_000_000  # seconds, 11 days: epoll counts milliseconds in 31 bits, which is 24 days
-SHORTEST_WAIT = 0.001  # seconds: less than a microsecond would turn SO_RCVTIMEO into "for ever"
 
 
-class ConfigError(Exception):
-    """A mistake of the user's; its text is one line: file, place, what is wrong and how to mend it."""
+@dataclass(frozen=True)
+class BackendTls:
+    """How connections to a backend are encrypted, and by what it is known."""
+
+    ca: str = ""  # file of certificates to trust; "": the system's
+    server_name: str = ""  # that its certificate must have; "": its host
+    verify: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Server:
     backup: bool = False
     max_connections: int = 0  # 0: no limit
     command: tuple[str, ...] = ()  # placeholders such as {port} not yet replaced
+    tls: BackendTls | None = None
+    send_proxy: str = ""  # the version of the PROXY protocol by which it is told who the client is: "v1" or "v2"
 
     @property
     def address(self) -> str:
@@ -64,6 +69,7 @@ class HealthCheck:
 @dataclass(frozen=True)
 class Timeouts:
     connect: float = 5.0
+    handshake: float = 10.0
     request_head: float = 10.0
     client_idle: float = 60.0
     client: float = 60.0
@@ -82,6 +88,33 @@ class Limits:
     fields: int = 128
     request_line_bytes: int = 16384
     queue: int = 1024
+    body_bytes: int = 0  # 0: no limit, here and in what follows
+    client_connections: int = 0
+    client_rate: float = 0.0  # requests per second
+    client_burst: int = 0  # 0: what comes in a second
+
+
+@dataclass(frozen=True)
+class Certificate:
+    cert: str  # file: the certificate, then those of its chain
+    key: str
+
+
+@dataclass(frozen=True)
+class Tls:
+    """How connections from clients are encrypted."""
+
+    certificates: tuple[Certificate, ...]  # the first is for clients that name no host
+    min_version: str = "1.2"
+    redirect_from: str = ""  # address of a listener that sends clients of plain HTTP here
+
+
+@dataclass(frozen=True)
+class Sticky:
+    """Clients stay with the backend that they had, by a cookie."""
+
+    cookie: str = "lb"
+    secret_file: str = ""  # what the cookie is signed with; "": something that this run makes up
 
 
 @dataclass(frozen=True)
@@ -126,6 +159,9 @@ class Config:
     port: int = 8080
     mode: str = "http"
     algorithm: str = "round_robin"  # a policy's name, or the absolute path of a .py file
+    hash_on: str = ""  # what "hash" goes by: "header:NAME", "cookie:NAME", "query:NAME" or "path"
+    hash_balance: float = 1.25  # no backend has more than so many times the average in hand
+    sticky: Sticky | None = None
     retries: int = 3
     health_check: HealthCheck = HealthCheck()
     timeouts: Timeouts = Timeouts()
@@ -133,219 +169,65 @@ class Config:
     log: Log = Log()
     admin: AdminPort = AdminPort()
     scaling: Scaling | None = None
+    tls: Tls | None = None
+    trusted_proxies: tuple[str, ...] = ()  # networks, here and in what follows
+    proxy_protocol_from: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()  # none: everybody
+    deny: tuple[str, ...] = ()
+    forwarded: bool = False  # is the field of RFC 7239 written, too?
     source: str = "command line"  # or the file's name
     base: Path = Path()  # the directory that relative paths start at
 
 
-def format_address(host: str, port: int) -> str:
-    """`127.0.0.1:8001`, `[::1]:8001`."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a value stands: what an error about it begins with, and where relative paths in it start."""
-
-    source: str  # "servers.json", "command line", "--port"
-    base: Path
-    path: str = ""  # "servers[0].port"; the whole when empty
-
-    def key(self, name: str) -> _Place:
-        shown = name if name.isidentifier() and len(name) <= 40 else _shown(name)
-        return replace(self, path=f"{self.path}.{shown}" if self.path else shown)
-
-    def item(self, index: int) -> _Place:
-        return replace(self, path=f"{self.path}[{index}]")
-
-    def wrong(self, what: str) -> ConfigError:
-        return ConfigError(": ".join(part for part in (self.source, self.path, what) if part))
-
-
-def _shown(value: object) -> str:
-    """The value as JSON writes it, on one line and never long."""
-    if isinstance(value, (dict, list)):
-        return "an object" if isinstance(value, dict) else "a list"
-    text = json.dumps(value, ensure_ascii=not (isinstance(value, str) and value.isprintable()))
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _kind(value: object) -> str:
-    """The value with the name of its type before it: `the string "8080"`."""
-    names: dict[type, str] = {str: "the string ", int: "the number ", float: "the number "}
-    return names.get(type(value), "") + _shown(value)
-
-
-def _choices(words: Iterable[str], last: str = "or") -> str:
-    *most, end = words
-    return f"{', '.join(most)} {last} {end}" if most else end
-
-
-def _nearest(word: str, words: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(word[:64].lower(), list(words), n=1)), None)
-
-
-# Checks. Types are compared with `is`, because a bool is an int to Python and not to JSON.
-_Check = Callable[[Any, _Place], Any]
-
-
-class _Object(dict[str, Any]):
-    """A JSON object that remembers a key it was given more than once."""
-
-    repeated: str | None = None
-
-    @classmethod
-    def of(cls, pairs: list[tuple[str, Any]]) -> _Object:
-        made = cls(pairs)
-        if len(made) < len(pairs):
-            made.repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        return made
-
-
-def _object(table: Mapping[str, _Check], make: Callable[..., Any] = dict, needs: Sequence[str] = ()) -> _Check:
-    """An object with some of the table's keys, which become the keyword arguments of `make`."""
-
-    def check(value: Any, at: _Place) -> Any:
-        if not isinstance(value, dict):
-            raise at.wrong(f"must be an object, not {_kind(value)}")
-        if isinstance(value, _Object) and value.repeated is not None:
-            raise at.key(value.repeated).wrong("the key stands here twice; keep one")
-        for key in value:
-            if key not in table:
-                near = _nearest(key, table)
-                mend = f'did you mean "{near}"?' if near else f"the keys here are {_choices(table, 'and')}"
-                raise at.key(key).wrong(f"unknown key; {mend}")
-        for key in needs:
-            if key not in value:
-                raise at.wrong(f'"{key}" is missing')
-        return make(**{key: table[key](item, at.key(key)) for key, item in value.items()})
-
-    return check
-
-
-def _whole(low: int, high: int) -> _Check:
-    def check(value: Any, at: _Place) -> int:
-        if type(value) is not int:
-            raise at.wrong(f"must be a whole number, not {_kind(value)}")
-        if not low <= value <= high:
-            raise at.wrong(f"must be {low} to {high}, not {_shown(value)}")
-        return value
-
-    return check
-
-
-def _seconds(low: float = SHORTEST_WAIT) -> _Check:
-    return _number(low, LONGEST_WAIT, " of seconds", " seconds")
-
-
-def _number(low: float, high: float, of_what: str = "", unit: str = "") -> _Check:
-    def check(value: Any, at: _Place) -> float:
-        if type(value) not in (int, float):
-            raise at.wrong(f"must be a number{of_what}, not {_kind(value)}")
-        if not low <= value <= high:
-            raise at.wrong(f"must be {low} to {high}{unit}, not {_shown(value)}")
-        return float(value)
-
-    return check
-
-
-def _boolean(value: Any, at: _Place) -> bool:
-    if type(value) is not bool:
-        raise at.wrong(f"must be true or false, not {_kind(value)}")
-    return value
-
-
-def _string(value: Any, at: _Place) -> str:
-    if type(value) is not str:
-        raise at.wrong(f"must be a string, not {_kind(value)}")
-    return value
-
-
-def _one_of(words: Sequence[str], also: str = "") -> _Check:
-    def check(value: Any, at: _Place) -> str:
-        word = _string(value, at)
-        if word not in words:
-            near = _nearest(word, words)
-            known = _choices([*map(_shown, words), *([also] if also else [])])
-            raise at.wrong(f"must be {known}, not {_shown(word)}" + (f'; did you mean "{near}"?' if near else ""))
-        return word
-
-    return check
-
-
-def _file(value: Any, at: _Place) -> str:
-    """An absolute path; the empty string stays empty."""
-    path = _string(value, at)
-    if len(path) > LONGEST_PATH or not path.isprintable():
-        raise at.wrong(f"must be at most {LONGEST_PATH} printable characters, not {_shown(path)}")
-    return os.path.abspath(at.base / path) if path else ""
-
-
-def _algorithm(value: Any, at: _Place) -> str:
-    if not _string(value, at).endswith(".py"):
-        return str(_one_of(POLICIES, also="a .py file")(value, at))
-    path = _file(value, at)
+def _algorithm(value: Any, at: Place) -> str:
+    if not checks.string(value, at).endswith(".py"):
+        return str(checks.one_of(POLICIES, also="a .py file")(value, at))
+    path = checks.file(value, at)
     if not os.path.isfile(path):
         raise at.wrong(f"there is no file {path}; a relative path starts at {at.base.absolute()}")
     return path
 
 
-def _id(value: Any, at: _Place) -> str:
-    text = str(value) if type(value) is int else value
-    if type(text) is not str or not re.fullmatch(r"\S{1,64}", text) or not text.isprintable():
-        raise at.wrong(f"must be a whole number or 1 to 64 characters without white space, not {_kind(value)}")
-    return text
+def _backend_tls(value: Any, at: Place) -> BackendTls | None:
+    if type(value) is bool:
+        return BackendTls() if value else None
+    if not isinstance(value, dict):
+        raise at.wrong(f"must be true, false or an object, not {checks.kind(value)}")
+    found: BackendTls = checks.object_of(_BACKEND_TLS, BackendTls)(value, at)
+    return found
 
 
-_LABEL = "[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
-_NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*\.?")
-_LITERAL = re.compile(r"[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?")
+def _certificates(value: Any, at: Place) -> tuple[Certificate, ...]:
+    if type(value) is not list or not value:
+        raise at.wrong('must be a list such as [{"cert": "site.pem", "key": "site.key"}], not ' + checks.kind(value))
+    check = checks.object_of({"cert": checks.named_file, "key": checks.named_file}, Certificate, needs=("cert", "key"))
+    return tuple(check(item, at.item(index)) for index, item in enumerate(value))
 
 
-def _host(value: Any, at: _Place) -> str:
-    """A host name (RFC 1123, and the underscore that container names have) or an IP address, each in one spelling.
-
-    A name whose last label is a number can only be a mistyped IPv4 address.
-    """
-    is_literal = ":" in _string(value, at) or value.rpartition(".")[2].isdecimal()
-    try:
-        if is_literal and _LITERAL.fullmatch(value):
-            return str(ipaddress.ip_address(value))
-        if is_literal or not _NAME.fullmatch(value.lower()):
-            raise ValueError(value)
-    except ValueError:
-        raise at.wrong(f"must be a host name or an IP address and nothing else, not {_shown(value)}") from None
-    return str(value.lower())
+def _sticky(value: Any, at: Place) -> Sticky | None:
+    if type(value) is bool:
+        return Sticky() if value else None
+    if not isinstance(value, dict):
+        raise at.wrong(f"must be true, false or an object, not {checks.kind(value)}")
+    found: Sticky = checks.object_of(_STICKY, Sticky)(value, at)
+    return found
 
 
-def _split_address(value: str) -> tuple[str, str] | None:
-    """Host and port of `HOST:PORT`, `[IPV6]:PORT`, `:PORT` or `PORT`, neither looked at; None for anything else."""
-    match = re.fullmatch(r"(?:(?:\[(.*:.*)\]|([^:]*)):)?([0-9]{1,9})", value)
-    return (match[1] or match[2] or "127.0.0.1", match[3]) if match else None
-
-
-def _admin_address(value: Any, at: _Place) -> dict[str, Any]:
-    if _string(value, at) == "off":
+def _admin_address(value: Any, at: Place) -> dict[str, Any]:
+    if checks.string(value, at) == "off":
         return {"host": "", "port": 0, "asked_for": True}
-    found = _split_address(value)
+    found = checks.split_address(value)
     if not found:
-        raise at.wrong(f'must be HOST:PORT, [IPV6]:PORT, PORT or "off", not {_shown(value)}')
-    return {"host": _host(found[0], at), "port": _whole(0, 65535)(int(found[1]), at), "asked_for": True}
+        raise at.wrong(f'must be HOST:PORT, [IPV6]:PORT, PORT or "off", not {checks.shown(value)}')
+    return {"host": checks.host(found[0], at), "port": checks.whole(0, 65535)(int(found[1]), at), "asked_for": True}
 
 
 def _admin(address: Mapping[str, Any] | None = None, token_file: str = "") -> AdminPort:
     return AdminPort(**(address or {}), token_file=token_file)
 
 
-def _ports(value: Any, at: _Place) -> tuple[int, int]:
-    match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", _string(value, at))
-    low, high = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 1 <= low <= high <= 65535:
-        raise at.wrong(f'must be a range of ports such as "9001-9100", not {_shown(value)}')
-    return low, high
-
-
-def _scaling(value: Any, at: _Place) -> Scaling:
-    scaling: Scaling = _object(_SCALING, Scaling, needs=("command", "ports"))(value, at)
+def _scaling(value: Any, at: Place) -> Scaling:
+    scaling: Scaling = checks.object_of(_SCALING, Scaling, needs=("command", "ports"))(value, at)
     if not any("{port}" in word for word in scaling.command):
         raise at.key("command").wrong('must have the word "{port}", or all instances would listen on the same port')
     if scaling.min > scaling.max:
@@ -356,135 +238,116 @@ def _scaling(value: Any, at: _Place) -> Scaling:
     return scaling
 
 
-def _url_path(value: Any, at: _Place) -> str:
-    if re.match(r"https?://", _string(value, at), re.IGNORECASE):
-        raise at.wrong(f'must be a path such as "/health", not the full URL {_shown(value)}; "servers" has the hosts')
-    if not value.startswith("/"):
-        raise at.wrong(f"must start with a slash, not {_shown(value)}")
-    if not re.fullmatch("[!-~]+", value):
-        raise at.wrong(f"must be visible ASCII characters, percent-encode the others, not {_shown(value)}")
-    return str(value)
-
-
-_STATUS = "[1-5](?:[0-9][0-9]|xx)"
-_STATUSES = re.compile(rf"({_STATUS})(?:-({_STATUS}))?")
-
-
-def _expect(value: Any, at: _Place) -> tuple[tuple[int, int], ...]:
-    """`200`, `200-204`, `2xx-3xx`, `2xx,404` as inclusive ranges."""
-    ranges = []
-    for part in (str(value) if type(value) is int else _string(value, at)).lower().split(","):
-        match = _STATUSES.fullmatch(part.strip())
-        low, high = (match[1], match[2] or match[1]) if match else ("1", "0")
-        ranges.append((int(low.replace("xx", "00")), int(high.replace("xx", "99"))))
-    if any(low > high for low, high in ranges):
-        raise at.wrong(f'must be statuses such as "200", "200-204", "2xx-3xx" or "2xx,404", not {_shown(value)}')
-    return tuple(ranges)
-
-
-def _command(value: Any, at: _Place) -> tuple[str, ...]:
-    """Words for exec. Braces that hold no single word belong to the command, as in awk's `{print $1}`."""
+def _servers(value: Any, at: Place) -> tuple[Server, ...]:
     if type(value) is not list:
-        raise at.wrong(f'must be a list of words such as ["{{python}}", "server.py"], not {_kind(value)}')
-    if not value or value[0] == "":
-        raise at.wrong("is empty; its first word must be a program")
-    for index, word in enumerate(value):
-        if re.search("[\0\ud800-\udfff]", _string(word, at.item(index))):
-            raise at.item(index).wrong(f"must have no NUL and no lone surrogate, not {_shown(word)}")
-        for name in re.findall(r"\{(\w+)\}", word):
-            if name not in PLACEHOLDERS:
-                known = _choices((f"{{{known}}}" for known in PLACEHOLDERS), "and")
-                raise at.item(index).wrong(f"unknown placeholder {_shown(name)}; there are {known}")
-    return tuple(value)
-
-
-def _servers(value: Any, at: _Place) -> tuple[Server, ...]:
-    if type(value) is not list:
-        raise at.wrong(f"must be a list, not {_kind(value)}")
+        raise at.wrong(f"must be a list, not {checks.kind(value)}")
     places = [at.item(index) for index in range(len(value))]
     entries = [_SERVER(entry, place) for entry, place in zip(value, places, strict=True)]
     return _distinct([Server(**{"id": str(n), **entry}) for n, entry in enumerate(entries, 1)], places)
 
 
-def _distinct(servers: Sequence[Server], places: Sequence[_Place]) -> tuple[Server, ...]:
+def _distinct(servers: Sequence[Server], places: Sequence[Place]) -> tuple[Server, ...]:
     for what in ("id", "address"):
-        seen: dict[str, _Place] = {}
+        seen: dict[str, Place] = {}
         for server, place in zip(servers, places, strict=True):
             value = getattr(server, what)
             if (other := seen.setdefault(value, place)) is not place:
-                raise place.wrong(f"the {what} {_shown(value)} is that of {other.path} too; give each its own")
+                raise place.wrong(f"the {what} {checks.shown(value)} is that of {other.path} too; give each its own")
     return tuple(servers)
 
 
-_COUNT = _whole(0, 1_000_000)
-_PORT = _whole(1, 65535)
-_SERVER = _object(
+_COUNT = checks.whole(0, 1_000_000)
+_PORT = checks.whole(1, 65535)
+_BACKEND_TLS = {"ca": checks.file, "server_name": checks.host, "verify": checks.boolean}
+_SERVER = checks.object_of(
     {
-        "id": _id,
-        "host": _host,
+        "id": checks.identity,
+        "host": checks.host,
         "port": _PORT,
-        "weight": _whole(1, 256),
-        "backup": _boolean,
+        "weight": checks.whole(1, 256),
+        "backup": checks.boolean,
         "max_connections": _COUNT,
-        "command": _command,
+        "command": checks.command,
+        "tls": _backend_tls,
+        "send_proxy": checks.one_of(("", "v1", "v2")),
     },
     needs=("host", "port"),
 )
-_LISTEN = {"host": _host, "port": _whole(0, 65535)}
+_LISTEN = {"host": checks.host, "port": checks.whole(0, 65535)}
 _HEALTH_CHECK = {
-    "path": _url_path,
-    "interval": _seconds(),
-    "timeout": _seconds(),
-    "rise": _whole(1, 100),
-    "fall": _whole(1, 100),
-    "expect": _expect,
-    "type": _one_of(("http", "tcp")),
+    "path": checks.url_path,
+    "interval": checks.seconds(),
+    "timeout": checks.seconds(),
+    "rise": checks.whole(1, 100),
+    "fall": checks.whole(1, 100),
+    "expect": checks.expect,
+    "type": checks.one_of(("http", "tcp")),
 }
 _TIMEOUTS = {
-    **dict.fromkeys(("connect", "request_head", "client_idle", "client", "server", "tunnel", "drain"), _seconds()),
-    **dict.fromkeys(("queue", "no_backend", "drain_delay"), _seconds(0)),
+    **dict.fromkeys(("connect", "handshake", "request_head", "client_idle", "client"), checks.seconds()),
+    **dict.fromkeys(("server", "tunnel", "drain"), checks.seconds()),
+    **dict.fromkeys(("queue", "no_backend", "drain_delay"), checks.seconds(0)),
 }
 _LIMITS = {
     "connections": _COUNT,
-    "head_bytes": _whole(1024, 1 << 24),
-    "fields": _whole(1, 10_000),
-    "request_line_bytes": _whole(64, 1 << 24),
+    "head_bytes": checks.whole(1024, 1 << 24),
+    "fields": checks.whole(1, 10_000),
+    "request_line_bytes": checks.whole(64, 1 << 24),
     "queue": _COUNT,
+    "body_bytes": checks.whole(0, 1 << 50),
+    "client_connections": _COUNT,
+    "client_rate": checks.number(0, 1_000_000),
+    "client_burst": _COUNT,
 }
+_TLS = {
+    "certificates": _certificates,
+    "min_version": checks.one_of(("1.2", "1.3")),
+    "redirect_from": checks.listen_address,
+}
+_STICKY = {"cookie": checks.cookie_name, "secret_file": checks.file}
 _LOG = {
-    "file": _file,
-    "format": _one_of(("text", "haproxy", "json")),
-    "level": _one_of(("debug", "info", "warning", "error")),
-    "slow": _seconds(),
-    "max_bytes": _whole(1000, 10**12),
-    "backups": _whole(0, 1000),
+    "file": checks.file,
+    "format": checks.one_of(("text", "haproxy", "json")),
+    "level": checks.one_of(("debug", "info", "warning", "error")),
+    "slow": checks.seconds(),
+    "max_bytes": checks.whole(1000, 10**12),
+    "backups": checks.whole(0, 1000),
 }
-_ADMIN = {"address": _admin_address, "token_file": _file}
+_ADMIN = {"address": _admin_address, "token_file": checks.file}
 _SCALING = {
-    "command": _command,
-    "ports": _ports,
-    "min": _whole(0, 1000),
-    "max": _whole(1, 1000),
-    "target_active": _number(0.01, 1_000_000),
-    "idle_stop": _seconds(),
-    "pause": _seconds(),
-    "start_timeout": _seconds(),
-    "host": _host,
+    "command": checks.command,
+    "ports": checks.ports,
+    "min": checks.whole(0, 1000),
+    "max": checks.whole(1, 1000),
+    "target_active": checks.number(0.01, 1_000_000),
+    "idle_stop": checks.seconds(),
+    "pause": checks.seconds(),
+    "start_timeout": checks.seconds(),
+    "host": checks.host,
 }
 _TOP = {
     "servers": _servers,
-    "mode": _one_of(("http", "tcp")),
+    "mode": checks.one_of(("http", "tcp")),
     "algorithm": _algorithm,
-    "retries": _whole(0, 100),
-    "listen": _object(_LISTEN),
+    "hash_on": checks.hash_on,
+    "hash_balance": checks.number(1, 1000),
+    "sticky": _sticky,
+    "retries": checks.whole(0, 100),
+    "listen": checks.object_of(_LISTEN),
     "health_check_url": _HEALTH_CHECK["path"],
     "health_check_interval": _HEALTH_CHECK["interval"],
-    "health_check": _object(_HEALTH_CHECK),
-    "timeouts": _object(_TIMEOUTS, Timeouts),
-    "limits": _object(_LIMITS, Limits),
-    "log": _object(_LOG, Log),
-    "admin": _object(_ADMIN, _admin),
+    "health_check": checks.object_of(_HEALTH_CHECK),
+    "timeouts": checks.object_of(_TIMEOUTS, Timeouts),
+    "limits": checks.object_of(_LIMITS, Limits),
+    "log": checks.object_of(_LOG, Log),
+    "admin": checks.object_of(_ADMIN, _admin),
     "scaling": _scaling,
+    "tls": checks.object_of(_TLS, Tls, needs=("certificates",)),
+    "trusted_proxies": checks.networks,
+    "proxy_protocol_from": checks.networks,
+    "allow": checks.networks,
+    "deny": checks.networks,
+    "forwarded": checks.boolean,
 }
 _SHORT_FORMS = {"health_check_url": "path", "health_check_interval": "interval"}
 _NUMERAL = re.compile(r"-?[0-9]{1,9}(\.[0-9]{1,9})?")
@@ -503,7 +366,7 @@ _FLAGS = {  # the flag, the field of Config it goes to ("" for Config itself), t
 
 def load(path: Path) -> Config:
     """The configuration in a file. Raises ConfigError."""
-    at = _Place(str(path), path.absolute().parent)
+    at = Place(str(path), path.absolute().parent)
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST_FILE + 1)
@@ -519,13 +382,13 @@ def load(path: Path) -> Config:
 
 def parse(text: str, source: str, base: Path) -> Config:
     """The configuration in a file's text; `source` is its name and `base` its directory. Raises ConfigError."""
-    at = _Place(source, base)
-    document = _json(text.removeprefix("\ufeff"), at)
+    at = Place(source, base)
+    document = checks.document(text.removeprefix("\ufeff"), at)
     if type(document) is list:
         document = {"servers": document}
     if not isinstance(document, dict):
-        raise at.wrong(f"must be a list of servers or an object, not {_kind(document)}")
-    given = _object(_TOP)(document, at)
+        raise at.wrong(f"must be a list of servers or an object, not {checks.kind(document)}")
+    given = checks.object_of(_TOP)(document, at)
     if not given.setdefault("servers", ()) and "scaling" not in given:
         raise at.key("servers").wrong(_NO_SERVERS if "servers" in document else "the key is missing")
     health_check = given.pop("health_check", {})
@@ -544,13 +407,13 @@ def from_addresses(addresses: Sequence[str]) -> Config:
     source, base = "command line", Path.cwd()
     if not addresses:
         raise ConfigError(f"{source}: {_NO_SERVERS}")
-    places = [_Place(source, base, _shown(address)) for address in addresses]
+    places = [Place(source, base, checks.shown(address)) for address in addresses]
     servers = []
     for number, (address, place) in enumerate(zip(addresses, places, strict=True), 1):
-        found = _split_address(address)
+        found = checks.split_address(address)
         if not found:
             raise place.wrong("must be HOST:PORT, [IPV6]:PORT or PORT")
-        host = _host(found[0], replace(place, path=f"host in {place.path}"))
+        host = checks.host(found[0], replace(place, path=f"host in {place.path}"))
         port = _PORT(int(found[1]), replace(place, path=f"port in {place.path}"))
         servers.append(Server(str(number), host, port))
     return Config(_distinct(servers, places), source=source, base=base)
@@ -559,16 +422,24 @@ def from_addresses(addresses: Sequence[str]) -> Config:
 def override(config: Config, **flags: str | float | None) -> Config:
     """The configuration with the flags of the command line in it; None is a flag that was not given.
 
-    Flags: host, port, mode, algorithm, interval, log_file, log_level, log_format, admin; numbers may be text. Relative
-    paths in them start at the working directory. Raises ConfigError.
+    Flags: host, port, mode, algorithm, interval, log_file, log_level, log_format, admin, tls_cert and tls_key, which go
+    together; numbers may be text. Relative paths in them start at the working directory. Raises ConfigError.
     """
+    tls = {key: flags.pop(f"tls_{key}", None) for key in ("cert", "key")}
+    if any(value is not None for value in tls.values()):
+        for key, value in tls.items():
+            if value is None:
+                raise ConfigError(f"--tls-{key}: is missing; a certificate and its key go together")
+        certificate = {key: checks.named_file(value, Place(f"--tls-{key}", Path.cwd())) for key, value in tls.items()}
+        former = config.tls or Tls(())
+        config = replace(config, tls=replace(former, certificates=(Certificate(**certificate),)))
     for flag, value in flags.items():
         if value is None:
             continue
         section, key, check = _FLAGS[flag]
         if flag in ("port", "interval") and isinstance(value, str) and _NUMERAL.fullmatch(value):
             value = float(value) if "." in value else int(value)
-        checked = check(value, _Place(f"--{flag.replace('_', '-')}", Path.cwd()))
+        checked = check(value, Place(f"--{flag.replace('_', '-')}", Path.cwd()))
         change = {key: checked} if key else checked
         config = replace(config, **({section: replace(getattr(config, section), **change)} if section else change))
     return _settled(config)
@@ -578,18 +449,31 @@ def find(explicit: str | None, beside: Path) -> Path:
     """The file to load: `--config`, else servers.json in the working directory, else the one in directory `beside`."""
     if explicit is not None:
         if not os.path.exists(explicit):
-            raise ConfigError(f"--config: there is no file {_shown(explicit)}")
+            raise ConfigError(f"--config: there is no file {checks.shown(explicit)}")
         return Path(explicit)
     for path in (Path(DEFAULT_FILE), beside / DEFAULT_FILE):
         if path.exists():
             return path
-    places = _choices(dict.fromkeys((str(Path.cwd()), str(beside))))
+    places = checks.choices(dict.fromkeys((str(Path.cwd()), str(beside))))
     raise ConfigError(f"{DEFAULT_FILE}: not found in {places}; give --config FILE, or backends as HOST:PORT")
 
 
-def refuse_clashes(config: Config) -> None:
-    """Raise ConfigError where two would be at one address. For when the flags are in: they may mend it, or cause it."""
-    at = _Place(config.source, config.base)
+def refuse_contradictions(config: Config) -> None:
+    """Raise ConfigError where two settings cannot both be. For when the flags are in: they may mend it, or cause it."""
+    at = Place(config.source, config.base)
+    if config.algorithm == "hash" and not config.hash_on:
+        raise at.key("hash_on").wrong('is missing; "hash" goes by something such as "header:X-User", or by "path"')
+    if config.mode == "tcp":
+        for name, what in (("hash_on", config.hash_on), ("sticky", config.sticky), ("forwarded", config.forwarded)):
+            if what:
+                raise at.key(name).wrong('needs to read requests, which mode "tcp" does not; remove it')
+        if config.tls and config.tls.redirect_from:
+            raise at.key("tls").key("redirect_from").wrong('is for requests, which mode "tcp" does not read; remove it')
+    _refuse_clashes(config, at)
+
+
+def _refuse_clashes(config: Config, at: Place) -> None:
+    """Two would be at one address."""
     own, operators = (config.host, config.port), (config.admin.host, config.admin.port)
     if _meet(operators, own):
         clash = f"{format_address(*operators)} is where clients connect"
@@ -631,7 +515,7 @@ def describe(config: Config) -> str:
     rows = [("id", "address", "weight", "limit", "role", "command")]
     for server in config.servers:
         limit, role = str(server.max_connections or "-"), "backup" if server.backup else "active"
-        command = _shown(" ".join(server.command)) if server.command else "-"
+        command = checks.shown(" ".join(server.command)) if server.command else "-"
         rows.append((server.id, server.address, str(server.weight), limit, role, command))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows] if config.servers else []
@@ -648,6 +532,8 @@ def describe(config: Config) -> str:
         f"health check   {question}, every {probe.interval:.9g} s, timeout {probe.timeout:.9g} s, "
         f"up after {probe.rise}, down after {probe.fall}",
         f"timeouts in s  {', '.join(f'{name} {value:.9g}' for name, value in asdict(config.timeouts).items())}",
+        *([f"tls            {_tls_in_words(config.tls)}"] if config.tls else []),
+        *_access_in_words(config),
         f"log            {f'{log.file} ({log.format}, {log.level})' if log.file else 'none'}",
         f"admin          {format_address(admin.host, admin.port) if admin.host else 'off'}"
         + (f", token in {admin.token_file}" if admin.host and admin.token_file else ""),
@@ -655,10 +541,21 @@ def describe(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _tls_in_words(tls: Tls) -> str:
+    files = ", ".join(certificate.cert for certificate in tls.certificates)
+    redirect = f", plain HTTP is redirected from {tls.redirect_from}" if tls.redirect_from else ""
+    return f"{files}; {tls.min_version} or later{redirect}"
+
+
+def _access_in_words(config: Config) -> list[str]:
+    networks = {name: getattr(config, name) for name in ("trusted_proxies", "proxy_protocol_from", "allow", "deny")}
+    return [f"{name.replace('_', ' '):14} {', '.join(value)}" for name, value in networks.items() if value]
+
+
 def _scaling_in_words(scaling: Scaling) -> str:
-    ports = "{}-{}".format(*scaling.ports)
+    command, ports = checks.shown(" ".join(scaling.command)), "{}-{}".format(*scaling.ports)
     return (
-        f"{scaling.min} to {scaling.max} of {_shown(' '.join(scaling.command))} on {scaling.host}, ports {ports}, "
+        f"{scaling.min} to {scaling.max} of {command} on {scaling.host}, ports {ports}, "
         f"{scaling.target_active:.9g} requests each, a step every {scaling.pause:.9g} s, "
         f"{scaling.start_timeout:.9g} s to start, stopped after {scaling.idle_stop:.9g} s idle"
     )
@@ -670,31 +567,3 @@ def _settled(config: Config) -> Config:
     return replace(config, health_check=replace(probe, type=config.mode)) if probe.follows_mode else config
 
 
-# Slips that the parser names in terms of its grammar only, and not in every Python alike.
-_SLIPS = (
-    (re.compile(r",\s*[\]}]"), "a comma before the closing bracket; remove it"),
-    (re.compile(r"//|/\*|#"), "JSON has no comments; remove it"),
-    (re.compile("'"), 'JSON wants double quotes, not "\'"'),
-    (re.compile(r"\Z"), "the text ends too early; a bracket or a quote is not closed"),
-)
-
-
-def _json(text: str, at: _Place) -> Any:
-    if not text.strip():
-        raise at.wrong('is empty; the least there can be is [{"host": "127.0.0.1", "port": 8001}]')
-    try:
-        return json.loads(text, object_pairs_hook=_Object.of, parse_int=_integer)
-    except RecursionError:
-        raise at.wrong("is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        read = text[: error.pos].rstrip()
-        start = len(read) - 1 if read.endswith(",") and text[error.pos :].lstrip()[:1] in ("]", "}") else error.pos
-        what = next((slip for pattern, slip in _SLIPS if pattern.match(text, start)), None)
-        what = what or re.sub(r"(:| at| starting at)\s*$", "", error.msg).lower()
-        where = json.JSONDecodeError("", text, start)
-        raise at.wrong(f"line {where.lineno}, column {where.colno}: not JSON: {what}") from None
-
-
-def _integer(digits: str) -> float:
-    """A number as int, or as float (infinity) when it is so long that int refuses it."""
-    return int(digits) if len(digits) <= 1000 else float(digits)

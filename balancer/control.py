@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from balancer import servers_file
 from balancer.backend import Admin, Backend
-from balancer.config import Config, ConfigError, parse, refuse_clashes
+from balancer.config import Config, ConfigError, parse, refuse_contradictions
 from balancer.explain import Incidents
 from balancer.pool import Pool
 from balancer.reload import Difference
@@ -139,7 +139,7 @@ class Control:
         config = self._balancer.wanted
         document = {**self.document(), "servers": servers}
         config = replace(config, servers=parse(json.dumps(document), SOURCE, config.base).servers)
-        refuse_clashes(config)
+        refuse_contradictions(config)
         self._balancer.reconfigure(config, who)
 
     def _rewrite(self, **edits: Any) -> None:

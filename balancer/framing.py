@@ -17,11 +17,19 @@ from balancer.http1 import CHUNKED, UNTIL_CLOSE
 
 
 class FramingError(Exception):
-    """The body breaks the rules of its framing, or ended before its end."""
+    """The body breaks the rules of its framing, or ended before its end. `status` is what its sender is told."""
+
+    status = 400
 
 
 class Truncated(FramingError):
     """The other side closed before the body's end."""
+
+
+class TooLarge(FramingError):
+    """The body has more content than is allowed."""
+
+    status = 413
 
 
 class LengthBody:
@@ -83,15 +91,17 @@ _TRAILER_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff
 class ChunkedBody:
     """Chunks, each with its size in front (RFC 9112 section 7.1). Trailers are read, bounded and dropped."""
 
-    __slots__ = ("_held", "_size", "_trailer", "done", "left", "rest")
+    __slots__ = ("_allowed", "_held", "_size", "_trailer", "done", "left", "rest")
 
     LONGEST_LINE = 1024  # octets of a chunk's size and its extensions
     LONGEST_TRAILER = 8192  # octets of all trailer fields
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 0) -> None:
+        """`most` octets of content are allowed, any number where it is 0."""
         self.left: int | None = None
         self.done = False
         self.rest = b""
+        self._allowed = most or sys.maxsize  # octets of further chunks
         self._held = b""  # the beginning of a line, or of the CRLF after a chunk, whose end has not come yet
         self._size = 0  # octets that are still missing of the current chunk and its CRLF
         self._trailer = -1  # octets of trailers seen; -1 before the last chunk
@@ -132,6 +142,9 @@ class ChunkedBody:
         if match.end() - position > self.LONGEST_LINE:
             raise FramingError("a chunk's extensions are too long")
         size = int(match[1], 16)
+        self._allowed -= size
+        if self._allowed < 0:
+            raise TooLarge("the body is larger than is allowed here")
         if size:
             self._size = size + 2
         else:
@@ -169,10 +182,10 @@ class ChunkedBody:
 Body = LengthBody | CloseBody | ChunkedBody
 
 
-def body_of(length: int) -> Body:
-    """The reader for a body's length as http1 gives it: octets, CHUNKED or UNTIL_CLOSE."""
+def body_of(length: int, most: int = 0) -> Body:
+    """The reader for a body's length as http1 gives it: octets, CHUNKED or UNTIL_CLOSE. `most` bounds the chunks."""
     if length == CHUNKED:
-        return ChunkedBody()
+        return ChunkedBody(most)
     if length == UNTIL_CLOSE:
         return CloseBody()
     return LengthBody(length)

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import secrets
+import ssl
 from collections.abc import Callable, Collection
 from itertools import count
 from typing import Protocol
 
+from balancer.admission import Admission
 from balancer.backend import Backend
+from balancer.clients import Networks, plain_address
 from balancer.config import Config
 from balancer.explain import Incident, Incidents, Trail
 from balancer.http1 import HeadLimits, KnownFields
 from balancer.journal import Exchange, Journal
 from balancer.metrics import Tally
 from balancer.pool import Pool
+from balancer.proxy_protocol import Address
 from balancer.pump import Pumps
 from balancer.reactor import Reactor, Timed
+from balancer.sticky import Sticky
+from balancer.stream import Handshaker, Stream
 from balancer.upstream import Upstreams
 
 # Seconds that a kept-alive connection without a request is left open when a stop begins: a request that is on its way
 # is answered, with `Connection: close`, where a close at once would lose it.
 DRAIN_GRACE = 0.25
+
+
+def own_end(stream: Stream) -> Address:
+    """Our address on a client's connection."""
+    host, port = stream.getsockname()[:2]
+    return plain_address(host.partition("%")[0]), port
 
 
 class Session(Timed, Protocol):
@@ -39,6 +51,9 @@ class Session(Timed, Protocol):
         """End now, whatever is in hand."""
 
 
+MakeSession = Callable[["Frontend", Stream, Address, int], Session]
+
+
 class Frontend:
     """Shared by the sessions of one listener. `draining` makes each answer the last of its connection."""
 
@@ -49,6 +64,7 @@ class Frontend:
         pool: Pool,
         upstreams: Upstreams,
         pumps: Pumps,
+        handshaker: Handshaker,
         journal: Journal,
         sessions: Collection[Session],
         on_closed: Callable[[Session], None],
@@ -57,14 +73,20 @@ class Frontend:
         self.pool = pool
         self.upstreams = upstreams
         self.pumps = pumps
+        self.handshaker = handshaker
+        self.tls_context: ssl.SSLContext | None = None  # None: clients speak in the clear
+        self.redirects_to: bytes | None = None  # https://host:port of a listener that does nothing else
+        self.sticky: Sticky | None = None
+        self.sticks: dict[str, Backend] = {}  # by the value of the cookie
+        self.make_refusal: MakeSession | None = None  # a session for those who speak HTTP where TLS is due
         self._journal = journal
         self.sessions = sessions  # all of the listener's
         self.on_closed = on_closed
         self.known_fields: KnownFields = {}
         self.tally = Tally()  # of what no backend had to do with
         self.incidents = Incidents()
+        self.admission = Admission(config)
         self.configure(config)
-        self.proto = b"http"
         self.authority = b""  # host:port as the listener has it, for clients that name no host
         self.draining = False
         self.drain_grace = DRAIN_GRACE
@@ -77,6 +99,12 @@ class Frontend:
         self.limits = config.limits
         limits = config.limits
         self.head_limits = HeadLimits(limits.head_bytes, limits.request_line_bytes, limits.fields)
+        self.admission = Admission(config, self.admission)
+        self.proxied = Networks(config.proxy_protocol_from)
+        self.forwarded = config.forwarded
+        self.guarded = self.admission.looks_at_requests or self.redirects_to is not None
+        self.hash_on = config.hash_on if config.algorithm == "hash" else ""
+        self.keyed = bool(self.hash_on) or self.sticky is not None
         self.policy = config.algorithm
         self.slow = config.log.slow
         self.record: Callable[[Exchange], None] = self._journal.exchange
@@ -85,6 +113,10 @@ class Frontend:
         """Keep what there is to say about an exchange that failed, was retried or was slow."""
         steps = tuple(trail.steps) if trail is not None else ()
         self.incidents.keep(Incident(record, self.policy, told, began, steps, self.pool.standings()))
+
+    @property
+    def proto(self) -> bytes:
+        return b"http" if self.tls_context is None else b"https"
 
     def request_id(self) -> str:
         """A name for one exchange, for the client and the log, unlike any other of this or another run."""

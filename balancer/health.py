@@ -30,6 +30,7 @@ import random
 import re
 import selectors
 import socket
+import ssl
 import threading
 import time
 import traceback
@@ -40,9 +41,19 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from balancer.backend import Admin, Backend, Endpoint, connect_failure, in_words, literal_endpoints, resolve
+from balancer.backend import (
+    Admin,
+    Backend,
+    Endpoint,
+    connect_failure,
+    in_words,
+    literal_endpoints,
+    resolve,
+    tls_in_words,
+)
 from balancer.config import HealthCheck
 from balancer.pool import Pool
+from balancer.proxy_protocol import LOCAL_V2, UNKNOWN_V1
 from balancer.version import __version__
 
 HEAD_BYTES = 65536  # octets of one head, after which it is no head
@@ -118,8 +129,13 @@ class Probe:
     def _run(self) -> Steps:
         try:
             sock = yield from self._connect()
+            if self._backend.send_proxy:
+                sock.send(LOCAL_V2 if self._backend.send_proxy == "v2" else UNKNOWN_V1)  # a fresh connection takes it
+            if self._backend.tls_context is not None:
+                sock = yield from self._encrypt(sock, self._backend.tls_context)
             if self._settings.type == "tcp":
-                self.result = Result(True, f"L4OK in {self._elapsed()} ms")
+                layer = "L4OK" if self._backend.tls_context is None else "L6OK"
+                self.result = Result(True, f"{layer} in {self._elapsed()} ms")
                 return
             self.result = yield from self._ask(sock)
         except ProbeError as failure:
@@ -175,6 +191,25 @@ class Probe:
             raise OSError(code, os.strerror(code))
         return sock
 
+    def _encrypt(self, sock: socket.socket, context: ssl.SSLContext) -> Generator[None, None, socket.socket]:
+        try:
+            tls = context.wrap_socket(sock, do_handshake_on_connect=False, server_hostname=self._backend.server_name)
+            self._socket = tls
+            while True:
+                try:
+                    tls.do_handshake()
+                    return tls
+                except ssl.SSLWantReadError:
+                    yield from self._wait(tls, selectors.EVENT_READ)
+                except ssl.SSLWantWriteError:
+                    yield from self._wait(tls, selectors.EVENT_WRITE)
+        except TimeoutError:
+            raise ProbeError("L6TOUT") from None
+        except ssl.SSLError as error:
+            raise ProbeError(f"L6RSP {tls_in_words(error)}") from None
+        except OSError as error:
+            raise ProbeError(f"L6RSP {in_words(error)}") from None
+
     def _ask(self, sock: socket.socket) -> Generator[None, None, Result]:
         """Send the request, and judge the answer."""
         received = bytearray()
@@ -200,16 +235,15 @@ class Probe:
         while unsent:
             try:
                 unsent = unsent[sock.send(unsent) :]
-            except BlockingIOError:
+            except (BlockingIOError, ssl.SSLWantWriteError):
                 yield from self._wait(sock, selectors.EVENT_WRITE)
 
     def _receive(self, sock: socket.socket, size: int) -> Generator[None, None, bytes]:
         while True:
-            yield from self._wait(sock, selectors.EVENT_READ)
             try:
                 return sock.recv(size)
-            except BlockingIOError:  # select(2): what was announced as ready may have been discarded
-                continue
+            except (BlockingIOError, ssl.SSLWantReadError):
+                yield from self._wait(sock, selectors.EVENT_READ)
 
     def _status(self, sock: socket.socket, received: bytearray) -> Generator[None, None, int]:
         """The status of the final answer: any number of interim ones may come before (RFC 9110, 15.2)."""

@@ -21,6 +21,7 @@ What a head means depends on nothing but its octets and the reader's settings, s
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from email.utils import formatdate
 from http import HTTPStatus
 from ipaddress import IPv6Address
@@ -73,10 +74,11 @@ class HttpError(Exception):
     The status is 200 for OPTIONS with Max-Forwards: 0, which is no refusal: it was for us to answer.
     """
 
-    def __init__(self, status: int, reason: str) -> None:
+    def __init__(self, status: int, reason: str, *fields: str) -> None:
         super().__init__(f"{status} {reason}")
         self.status = status
         self.reason = reason
+        self.fields = fields  # further lines of the answer's head
 
 
 class BadAnswer(HttpError):
@@ -100,25 +102,43 @@ class HeadLimits:
 class Request:
     """A request's head, and what a backend is sent for it. Never changed after it was made."""
 
-    __slots__ = ("expect", "head", "idempotent", "length", "line", "method", "minor", "persistent", "plain", "upgrade")
+    __slots__ = (
+        "expect",
+        "fields",
+        "forwarded_for",
+        "head",
+        "idempotent",
+        "length",
+        "line",
+        "method",
+        "minor",
+        "persistent",
+        "plain",
+        "target",
+        "upgrade",
+    )
 
     method: bytes
+    target: bytes  # for the backend, in origin form
     line: bytes  # the request line as it came, for the log
     minor: int  # of the client's HTTP/1.x
     head: bytes  # for the backend, complete with its empty line
+    fields: bytes  # those that go on unchanged, each after its CRLF
     length: int  # octets of the body, or CHUNKED
     persistent: bool  # may the connection stay after this exchange?
     expect: bool  # waits for 100 (Continue)
     upgrade: bool  # asks for a protocol that may begin after a 101
     idempotent: bool
     plain: bool  # may its answer be passed on as it is, head and body?
+    forwarded_for: bytes  # X-Forwarded-For as it came, where the peer is trusted to know
 
 
 class _RequestFields:
     """What a block of fields says, whatever the request line before it."""
 
-    __slots__ = ("close", "expect", "forward", "hops", "host", "keep_alive", "length", "modern", "upgrade")
+    __slots__ = ("claims", "close", "expect", "forward", "hops", "host", "keep_alive", "length", "modern", "upgrade")
 
+    claims: dict[bytes, bytes]  # what it says of who asks whom, which is believed only of some
     close: bool
     keep_alive: bool
     expect: bool
@@ -139,29 +159,46 @@ class RequestReader:
 
     client: the address for X-Forwarded-For. proto: b"http" or b"https". authority: how the client reached us, for
     HTTP/1.0 requests that name no host. known: what blocks of fields say, shared by connections that keep to the same
-    limits.
+    limits. trusts: whether the client is a proxy whose own X-Forwarded-* are believed and added to. forwarded: whether
+    the field of RFC 7239 is written too.
     """
 
     __slots__ = (
         "_authority",
         "_block",
+        "_client",
         "_fields",
+        "_forwarded",
         "_head",
         "_known",
         "_limits",
+        "_proto",
         "_request",
         "_scanned",
         "_suffix",
         "_tail",
         "_tail_minor",
+        "_trusts",
     )
 
     def __init__(
-        self, client: bytes, proto: bytes, authority: bytes, limits: HeadLimits, known: KnownFields | None = None
+        self,
+        client: bytes,
+        proto: bytes,
+        authority: bytes,
+        limits: HeadLimits,
+        known: KnownFields | None = None,
+        *,
+        trusts: bool = False,
+        forwarded: bool = False,
     ) -> None:
+        self._client = client
+        self._proto = proto
         self._authority = authority
         self._limits = limits
         self._known = {} if known is None else known
+        self._trusts = trusts
+        self._forwarded = forwarded
         self._suffix = b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Port: %b\r\nX-Forwarded-Host: " % (
             client,
             proto,
@@ -261,6 +298,8 @@ class RequestReader:
         request = Request()
         request.method = method
         request.line = line
+        request.target = target
+        request.fields = fields.forward
         request.minor = minor
         request.head = b"".join((method, b" ", target, tail))
         request.length = fields.length
@@ -269,17 +308,38 @@ class RequestReader:
         request.expect = fields.expect and minor == 1
         request.upgrade = fields.upgrade and minor == 1
         request.persistent = not fields.close and (minor == 1 or fields.keep_alive)
+        request.forwarded_for = fields.claims.get(b"x-forwarded-for", b"") if self._trusts else b""
         return request
 
     def _make_tail(self, fields: _RequestFields, host: bytes, minor: int) -> bytes:
         modern = fields.modern if minor else b""
         via = b"\r\nVia: 1.1 lb\r\n\r\n" if minor else b"\r\nVia: 1.0 lb\r\n\r\n"
-        return b"".join((b" HTTP/1.1\r\nHost: ", host, fields.forward, modern, self._suffix, host, via))
+        return b"".join((b" HTTP/1.1\r\nHost: ", host, fields.forward, modern, self._forwarding(fields, host), via))
+
+    def _forwarding(self, fields: _RequestFields, host: bytes) -> bytes:
+        """The fields that tell the backend who asks, without the last line's end."""
+        claims = fields.claims if self._trusts else {}
+        if not claims and not self._forwarded:
+            return self._suffix + host
+        given = claims.get
+        before = given(b"x-forwarded-for")
+        lines = [
+            b"X-Forwarded-For: %b" % (b"%b, %b" % (before, self._client) if before else self._client),
+            b"X-Forwarded-Proto: %b" % given(b"x-forwarded-proto", self._proto),
+            b"X-Forwarded-Port: %b" % given(b"x-forwarded-port", self._authority.rpartition(b":")[2]),
+            b"X-Forwarded-Host: %b" % given(b"x-forwarded-host", host),
+        ]
+        if self._forwarded:
+            element = forwarded_element(self._client, host, self._proto)
+            before = given(b"forwarded")
+            lines.append(b"Forwarded: %b" % (b"%b, %b" % (before, element) if before else element))
+        return b"\r\n".join(lines)
 
     def _parse_fields(self, block: bytes) -> _RequestFields:
         _check_block(block, self._limits.fields)
         fields = _RequestFields()
         fields.host = None
+        fields.claims = {}
         fields.expect = False
         fields.hops = -1
         options: list[bytes] = []
@@ -293,6 +353,10 @@ class RequestReader:
             if name not in _REQUEST_NAMES:
                 if name.translate(_HYPHENATED) not in _REQUEST_NAMES:
                     kept += (b"\r\n", spelt, b":", value)
+            elif name in _FORWARDED:
+                value = value.strip(b" \t")
+                before = fields.claims.get(name)
+                fields.claims[name] = b"%b, %b" % (before, value) if before else value
             elif name == b"host":
                 if fields.host is not None:
                     raise HttpError(400, "two Host fields")
@@ -334,6 +398,12 @@ class RequestReader:
             fields.forward = _without(fields.forward, set(options) - _REQUEST_STAYS)
         fields.forward += framing
         return fields
+
+
+def forwarded_element(client: bytes, host: bytes, proto: bytes) -> bytes:
+    """What we know, as an element of the Forwarded field (RFC 7239 section 4); a colon takes quotes."""
+    node = b'"[%b]"' % client if b":" in client else client
+    return b'for=%b;host="%b";proto=%b' % (node, host, proto)
 
 
 class Answer:
@@ -445,13 +515,20 @@ class AnswerReader:
 
 
 def answer_head(
-    answer: Answer, framing: int | None, minor: int, persistent: bool, now: float, request_id: str = ""
+    answer: Answer,
+    framing: int | None,
+    minor: int,
+    persistent: bool,
+    now: float,
+    request_id: str = "",
+    fields: bytes = b"",
 ) -> bytes:
     """The head that goes to the client: framing None writes no framing field; `minor` is of the client's version.
 
-    A request id of ours is named where there is one, unless the backend has one of its own.
+    A request id of ours is named where there is one, unless the backend has one of its own. `fields` are further lines,
+    each with its end.
     """
-    parts = [answer.line, answer.fields]
+    parts = [answer.line, answer.fields, fields]
     if request_id and b"\nx-request-id:" not in b"\n" + answer.fields.lower():
         parts.append(b"X-Request-Id: %b\r\n" % request_id.encode())
     if not answer.dated:
@@ -483,26 +560,31 @@ def own_answer(
     persistent: bool,
     minor: int = 1,
     body: bool = True,
+    fields: Sequence[str] = (),
 ) -> bytes:
-    """An answer of our own: short, readable, dated, with the log's code and id. `body` is False for HEAD."""
+    """An answer of our own: short, readable, dated, with the log's code and id. `body` is False for HEAD.
+
+    `fields` are further lines of its head.
+    """
     phrase = HTTPStatus(status).phrase
     text = f"{status} {phrase}: {reason}\ncode: {code}, request id: {request_id}\n".encode("ascii", "backslashreplace")
-    fields = [
+    lines = [
         f"HTTP/1.1 {status} {phrase}",
         f"Date: {http_date(now).decode()}",
         "Content-Type: text/plain; charset=utf-8",
         f"Content-Length: {len(text)}",
         f"X-Request-Id: {request_id}",
+        *fields,
     ]
     if status == 503:
-        fields.append("Retry-After: 1")
+        lines.append("Retry-After: 1")
     if status in (200, 405):
-        fields.append("Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
+        lines.append("Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
     if not persistent:
-        fields.append("Connection: close")
+        lines.append("Connection: close")
     elif minor == 0:
-        fields.append("Connection: keep-alive")
-    return "\r\n".join([*fields, "", ""]).encode() + (text if body else b"")
+        lines.append("Connection: keep-alive")
+    return "\r\n".join([*lines, "", ""]).encode() + (text if body else b"")
 
 
 _date = (0, b"")

@@ -20,9 +20,10 @@ request is in `_up_first`; see `_may_repeat`.
 
 from __future__ import annotations
 
+import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Final
@@ -31,7 +32,8 @@ from balancer.backend import Backend
 from balancer.config import format_address
 from balancer.explain import Trail
 from balancer.framing import LAST_CHUNK, Body, CloseBody, Encoder, FramingError, LengthBody, as_chunk, as_is, body_of
-from balancer.frontend import Frontend
+from balancer.frontend import Frontend, own_end
+from balancer.hashing import key_of
 from balancer.http1 import (
     CHUNKED,
     Answer,
@@ -43,8 +45,10 @@ from balancer.http1 import (
     interim_head,
     own_answer,
 )
+from balancer.proxy_protocol import Address
 from balancer.pump import RESET, End, Flow, relay_body
 from balancer.reactor import NEVER, READ, Reactor
+from balancer.stream import Stream
 from balancer.tunnel import Tunnel
 from balancer.upstream import NONE_AVAILABLE, Attempt, Refusal, Upstream
 
@@ -67,6 +71,7 @@ CUT: Final = "cut"  # in the middle of an answer, which must not look complete
 ENDING: Final = "ending"  # over, but for the pumps, which have not reported back yet
 CLOSED: Final = "closed"
 
+_HOST_ALONE = re.compile(rb"\[[^\]]*\]|[^:\r]*")
 
 
 class HttpSession:
@@ -82,16 +87,19 @@ class HttpSession:
         "_close_framed",
         "_code",
         "_connected_after",
+        "_counted",
         "_down_body",
         "_down_encode",
         "_down_pump",
         "_down_turns",
+        "_extra",
         "_fd",
         "_front",
         "_head_after",
         "_number",
         "_octets_in",
         "_octets_out",
+        "_peer",
         "_persistent",
         "_reactor",
         "_reader",
@@ -99,6 +107,7 @@ class HttpSession:
         "_request",
         "_request_id",
         "_sock",
+        "_source",
         "_state",
         "_status",
         "_told",
@@ -113,23 +122,32 @@ class HttpSession:
         "_up_turns",
         "_upstream",
         "attempt",
-        "client_ip",
         "deadline",
+        "key",
         "refusal",
         "trail",
         "tried",
+        "wanted",
     )
 
-    def __init__(self, front: Frontend, sock: socket.socket, address: tuple[str, int], number: int) -> None:
+    def __init__(self, front: Frontend, sock: Stream, address: tuple[str, int], number: int) -> None:
         self._front = front
         self._reactor = front.reactor
         self._sock = sock
         self._fd = sock.fileno()
         self._number = number
+        self._peer = self.key = address[0]
+        self._source = address  # the client's
         self._client = format_address(address[0], address[1])
-        self.client_ip = address[0]
+        self._counted = False  # among the connections of its client
         self._reader = RequestReader(
-            address[0].encode(), front.proto, front.authority, front.head_limits, front.known_fields
+            address[0].encode(),
+            front.proto,
+            front.authority,
+            front.head_limits,
+            front.known_fields,
+            trusts=address[0] in front.admission.trusted,
+            forwarded=front.forwarded,
         )
         self._reading = False  # is the client's descriptor registered?
         self._state = IDLE
@@ -138,6 +156,7 @@ class HttpSession:
         self.attempt: Attempt | None = None
         self.tried: list[Backend] = []
         self.refusal = NONE_AVAILABLE
+        self.wanted: Backend | None = None
         self._upstream: Upstream | None = None
         self._tunnel: Tunnel | None = None
         self._up_pump: Flow | None = None
@@ -159,6 +178,7 @@ class HttpSession:
         self.trail: Trail | None = None
         self._answer: Answer | None = None
         self._answer_buffer = b""
+        self._extra = b""  # fields of ours for the answer, each with its end
         self._up_body: Body | None = None  # while octets of the request's body are missing
         self._up_first = b""  # of the body, framed: goes with the head
         self._up_replayable = True  # is all that was sent of the body in `_up_first`?
@@ -174,6 +194,11 @@ class HttpSession:
         self.deadline = reactor.now + self._front.timeouts.client_idle
         reactor.timed.add(self)
         self._resume_reading()
+        admission = self._front.admission
+        if admission.counts(self._peer):
+            self._counted = admission.connected(self._peer)
+            if not self._counted:
+                self._refuse(HttpError(429, "too many connections from this address"), "PR")
 
     def drain(self) -> None:
         """Answer one more request at most, and say with its answer that it was the last."""
@@ -302,6 +327,9 @@ class HttpSession:
         rest = self._buffer[length:]  # which is empty for nearly all, and costs nothing then
         self._request = request
         self._persistent = request.persistent and not self._front.draining
+        front = self._front
+        if front.guarded and not self._let_in(request):
+            return
         self._state = SEEKING
         self._head_after = reactor.now - self._began
         self.deadline = NEVER
@@ -311,14 +339,43 @@ class HttpSession:
             return
         if self.tried:
             self.tried = []
-        upstream = self._front.upstreams.obtain(self)
+        if front.keyed:
+            self._find_key(request)
+        upstream = front.upstreams.obtain(self)
         if upstream is not None:
             self.connected(upstream)
+
+    def _let_in(self, request: Request) -> bool:
+        """Find out who the client is, and whether it may ask for this. False where it was refused."""
+        front = self._front
+        admission = front.admission
+        client = admission.client(self._peer, request)
+        if client != self._peer:
+            self._source = (client, 0)  # of its port the proxy says nothing
+            self._client = format_address(client, 0)
+        self.key = client
+        refusal = admission.refusal(client, time.monotonic()) or admission.body_refusal(request)
+        if refusal is not None:
+            self._refuse(refusal, "PR")
+        elif front.redirects_to is not None:
+            self._refuse(_redirection(request, front.redirects_to), "LR")
+        else:
+            return True
+        return False
+
+    def _find_key(self, request: Request) -> None:
+        """What the policy goes by, and which backend this client had before."""
+        front = self._front
+        if front.hash_on:
+            self.key = key_of(front.hash_on, request.target, request.fields)
+        if front.sticky is not None:
+            value = front.sticky.find(request.fields)
+            self.wanted = front.sticks.get(value) if value is not None else None
 
     def _begin_body(self, request: Request, data: bytes) -> bool:
         """Take what is already there of the body. False when it broke its framing and was refused."""
         self._buffer = b""
-        body = body_of(request.length)
+        body = body_of(request.length, self._front.limits.body_bytes)
         self._up_body = body
         self._up_turns = TURNS  # octets at which the reactor has had its turns
         self._up_encode: Encoder = as_chunk if request.length == CHUNKED else as_is
@@ -326,7 +383,7 @@ class HttpSession:
             try:
                 content = body.feed(data)
             except FramingError as error:
-                self._refuse(HttpError(400, str(error)), "PR")
+                self._refuse(HttpError(error.status, str(error)), "PR")
                 return False
             self._octets_in = len(content)
             self._up_first = self._up_encode(content)
@@ -354,6 +411,9 @@ class HttpSession:
             self._front.upstreams.renew(self, upstream)
             return
         self._upstream = upstream
+        sticky = self._front.sticky
+        if sticky is not None:
+            self._extra = b"" if upstream.backend is self.wanted else sticky.set_cookie(upstream.backend)
         now = reactor.now
         self._connected_after = now - self._began
         data = request.head + self._up_first if self._up_first else request.head
@@ -375,6 +435,9 @@ class HttpSession:
         elif not self._reading and self._up_body is not None:
             self._resume_reading()
 
+    def ends(self) -> tuple[Address, Address]:
+        return self._source, own_end(self._sock)
+
     def unserved(self, status: int, code: str, reason: str) -> None:
         """No backend for this request."""
         self._fail(status, code, reason)
@@ -388,7 +451,7 @@ class HttpSession:
         try:
             content = body.feed(data)
         except FramingError as error:
-            self._fail(400, "PD", str(error))
+            self._fail(error.status, "PD", str(error))
             return
         self._octets_in += len(content)
         framed = self._up_encode(content)
@@ -462,7 +525,7 @@ class HttpSession:
         elif end is End.SINK_STUCK:
             self._fail(504, "sD", f"backend {self._backend_id} does not take the request's body")
         elif end is End.BAD:
-            self._fail(400, "PD", flow.problem)
+            self._fail(flow.status, "PD", flow.problem)
         elif end is End.FAILED:
             self._fail(500, "ID", "an error within the balancer")
         elif end is End.SILENT and self._front.timeouts.client > REST_AFTER:
@@ -522,6 +585,7 @@ class HttpSession:
             and self._up_pump is None
             and not self._up_failed
             and self.trail is None
+            and not self._extra
             and after < self._front.slow
         ):
             # The common case: all of it is here, and its head needs no thought.
@@ -575,7 +639,9 @@ class HttpSession:
         self._down_turns = TURNS
         self._down_encode = encode
         self._octets_out = len(content)
-        head = answer_head(answer, framing, request.minor, self._persistent, time.time(), self._request_id)
+        head = answer_head(
+            answer, framing, request.minor, self._persistent, time.time(), self._request_id, self._extra
+        )
         self._send_down(head + encode(content))
 
     def _download(self, data: bytes) -> None:
@@ -753,10 +819,12 @@ class HttpSession:
         """Refuse what is no request. Nothing of it has reached a backend."""
         self._persistent = False
         self._code = code
-        self._answer_ourselves(error.status, error.reason)
+        if self._began is NEVER:
+            self._began = self._reactor.now
+        self._answer_ourselves(error.status, error.reason, error.fields)
         self._end_exchange()
 
-    def _answer_ourselves(self, status: int, reason: str) -> None:
+    def _answer_ourselves(self, status: int, reason: str, fields: Sequence[str] = ()) -> None:
         request = self._request
         self._status = status
         self._request_id = self._front.request_id()
@@ -769,6 +837,7 @@ class HttpSession:
             persistent=self._persistent,
             minor=request.minor if request else 1,
             body=request is None or request.method != b"HEAD",
+            fields=fields,
         )
         self._told = True
         self._told_reason = reason
@@ -859,6 +928,8 @@ class HttpSession:
             self._reactor.forget(self._fd)
         self._reactor.timed.discard(self)
         self._sock.close()
+        if self._counted:
+            self._front.admission.disconnected(self._peer)
         self._front.on_closed(self)
 
     def _client_lost(self) -> None:
@@ -990,6 +1061,24 @@ class HttpSession:
             front.explain(record, self._told_reason if self._told else "", self._began, trail)
 
 
+class PlainHttpSession(HttpSession):
+    """A client that speaks HTTP where TLS is spoken, and is told so."""
+
+    __slots__ = ()
+
+    def start(self) -> None:
+        super().start()
+        self._refuse(HttpError(400, "plain HTTP was sent to a port that speaks HTTPS; use https://"), "PR")
+
+
+def _redirection(request: Request, port: bytes) -> HttpError:
+    """Where it is to be asked for: the same at https://, at this port as it is written behind the host."""
+    host = _HOST_ALONE.match(request.head.partition(b"\r\nHost: ")[2])
+    assert host is not None
+    location = b"https://%b%b%b" % (host[0], port, request.target)
+    return HttpError(308, "this is served over HTTPS", f"Location: {location.decode('ascii', 'backslashreplace')}")
+
+
 def _pump(work: Callable[[], None], reactor: Reactor, ended: Callable[[], None]) -> None:
     """The body of a pump's thread: whatever happens, the session hears that it is over."""
     try:
@@ -998,7 +1087,7 @@ def _pump(work: Callable[[], None], reactor: Reactor, ended: Callable[[], None])
         reactor.call_soon(ended)
 
 
-def _shut(sock: socket.socket, how: int) -> None:
+def _shut(sock: Stream, how: int) -> None:
     with suppress(OSError):  # it is gone already
         sock.shutdown(how)
 

@@ -261,9 +261,7 @@ class Journal:
     def _work(self) -> None:
         pause = LONGEST_PAUSE
         while not self._stopping.wait(pause):
-            taken = self.round()
-            more = len(self._waiting) >= BATCH
-            pause = 0.0 if more else SHORTEST_PAUSE if taken >= BUSY else LONGEST_PAUSE
+            pause = self.pause_after(self.round())
         self._echo_events()
         with self._writing:
             self._write_out()
@@ -272,6 +270,14 @@ class Journal:
                 self._lost += len(self._waiting) + self._file.unwritten.count(b"\n")
                 self._say(f"{path}: {self._lost} lines were lost: {reason}")
             self._file.close()
+
+    def pause_after(self, taken: int) -> float:
+        """Seconds until the next round, after one that took so many records."""
+        if self._trouble:
+            return LONGEST_PAUSE  # however much waits: there is nowhere to write it
+        if len(self._waiting) >= BATCH:
+            return 0.0
+        return SHORTEST_PAUSE if taken >= BUSY else LONGEST_PAUSE
 
     def round(self) -> int:
         """One round of the writer: write the next batch, to a file that was looked after.

@@ -12,8 +12,10 @@ import socket
 import sys
 from collections.abc import Callable
 
+from balancer.clients import plain_address
 from balancer.config import format_address
-from balancer.frontend import Frontend, Session
+from balancer.frontend import Frontend, MakeSession, Session
+from balancer.greeting import Greeting
 from balancer.reactor import NEVER, READ, Reactor
 
 BACKLOG = 4096
@@ -21,8 +23,6 @@ ACCEPTS = 64  # connections taken in one turn, so that those that are being serv
 SHORT_OF_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 LINUX = sys.platform == "linux"
 PAUSE = 0.2  # seconds without accepting when descriptors are short
-
-MakeSession = Callable[[Frontend, socket.socket, tuple[str, int], int], Session]
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -74,6 +74,15 @@ class Listener:
         """Where it listens, with the port that port 0 became."""
         host, port = self._sock.getsockname()[:2]
         return host, port
+
+    @property
+    def drained(self) -> bool:
+        """No longer accepting, and every session has ended."""
+        return self._closed and not self.sessions
+
+    def discard(self) -> None:
+        """Close one that was never started."""
+        self._sock.close()
 
     def start(self) -> None:
         self._reactor.timed.add(self)
@@ -162,12 +171,25 @@ class Listener:
             self._on_event("info", "accepting again")
         if not LINUX:
             sock.setblocking(True)  # elsewhere it inherits the listener's mode
-        assert self.front is not None
+        front = self.front
+        assert front is not None
         self.accepted += 1
-        session = self._make_session(self.front, sock, (address[0], address[1]), self.accepted)
+        host = plain_address(address[0].partition("%")[0]) if ":" in address[0] else address[0]
+        session: Session
+        if front.tls_context is None and host not in front.proxied:
+            session = self._make_session(front, sock, (host, address[1]), self.accepted)
+        else:
+            session = Greeting(front, sock, (host, address[1]), self.accepted, self._make_session, self._greeted)
         self.sessions.add(session)
         self._reactor.call(session.start)
         return True
+
+    def _greeted(self, greeting: Greeting, session: Session) -> None:
+        """What was a greeting is a session now."""
+        self.sessions.discard(greeting)
+        self.sessions.add(session)
+        if self._closed:
+            self._reactor.defer(session.drain)
 
     def _tell_if_drained(self) -> None:
         if not self.sessions:

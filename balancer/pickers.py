@@ -5,6 +5,9 @@ backends and the client's address as text, and returns one of them. It runs unde
 its own and must not block. A retry asks again with fewer candidates. As long as nobody joins, leaves or fills up, the
 pool passes the very same object, so whatever a picker prepares for a set of candidates is kept until that changes.
 Positions live on the backends (`turn`, `active`, `average`), so a reload or another policy loses none of them.
+
+A picker may also have `leased(backend)`, `released(backend)`, or both. The pool calls them under its lock once
+`active` has changed, for whichever backend and whoever chose it.
 """
 
 from __future__ import annotations
@@ -22,8 +25,11 @@ from pathlib import Path
 from typing import Protocol
 
 from balancer.backend import Backend
+from balancer.hashing import Hash
 
 Candidates = Sequence[Backend]
+
+FEW = 8  # backends that are looked at one by one sooner than kept in order
 
 
 class Picker(Protocol):
@@ -67,13 +73,94 @@ class RoundRobin:
         self._seen = candidates
 
 
+class Ranking:
+    """Many backends in the order of a score, for policies that want the least.
+
+    Those with the same score stand on one level, and a heap of the levels tells the lowest: O(log n) for each change,
+    amortised. Nobody says that a score has risen; that is found out once the backend's turn seems to have come. That
+    it has fallen would go unnoticed: `released` has to be called.
+    """
+
+    def __init__(self, score: Callable[[Backend], float], rng: random.Random) -> None:
+        self._score = score
+        self._rng = rng
+        self._seen: Candidates | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        self._ranked: Candidates | None = None
+        self._levels: dict[float, list[Backend]] = {}  # by score; some are empty
+        self._heap: list[float] = []  # the scores of the levels
+        self._places: dict[Backend, tuple[float, int]] = {}  # the level, and the index there
+
+    def least(self, candidates: Candidates) -> Backend | None:
+        """Whoever scores least, ties at random; None for candidates that are shown for the first time.
+
+        What a retry may still choose from comes only once, and is no reason to forget the others.
+        """
+        if candidates is not self._ranked:
+            if candidates is not self._seen:
+                self._seen = candidates
+                return None
+            self._rank(candidates)
+        while True:
+            lowest = self._heap[0]
+            level = self._levels[lowest]
+            if not level:
+                heapq.heappop(self._heap)
+                del self._levels[lowest]
+                continue
+            backend = level[int(self._rng.random() * len(level))]
+            score = self._score(backend)
+            if score <= lowest:
+                return backend
+            self._move(backend, score)
+            if len(self._heap) > 2 * len(candidates):  # mostly of empty levels, too high up to be ever the lowest
+                self._rank(candidates)
+
+    def released(self, backend: Backend) -> None:
+        """It has less in hand than before."""
+        place = self._places.get(backend)
+        if place is not None:
+            score = self._score(backend)
+            if score < place[0]:
+                self._move(backend, score)
+
+    def _rank(self, candidates: Candidates) -> None:
+        self.forget()
+        for backend in candidates:
+            self._enter(backend, self._score(backend))
+        self._ranked = candidates
+
+    def _move(self, backend: Backend, score: float) -> None:
+        old, index = self._places[backend]
+        level = self._levels[old]
+        last = level.pop()
+        if last is not backend:
+            level[index] = last
+            self._places[last] = (old, index)
+        self._enter(backend, score)
+
+    def _enter(self, backend: Backend, score: float) -> None:
+        level = self._levels.get(score)
+        if level is None:
+            level = self._levels[score] = []
+            heapq.heappush(self._heap, score)
+        self._places[backend] = (score, len(level))
+        level.append(backend)
+
+
 class LeastConnections:
     """The fewest pieces of work in hand for its weight; ties at random, so that idle backends share."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
+        self._ranking = Ranking(lambda backend: backend.active / backend.weight, rng)
+        self.released = self._ranking.released  # for the pool
 
     def pick(self, candidates: Candidates, client: str) -> Backend:
+        if len(candidates) > FEW and (found := self._ranking.least(candidates)):
+            return found
         least = math.inf
         ties: list[Backend] = []
         for backend in candidates:
@@ -147,27 +234,52 @@ class IpHash:
 
 
 class LeastTime:
-    """The least expected wait: a decaying average of the time to the answer's head, times the work in hand."""
+    """The least expected wait: a decaying average of the time to the answer's head, times the work in hand.
+
+    One that was never measured comes first, and once it was asked it comes last: until it answers, nothing speaks for
+    asking it more. All averages decay at one rate, so the order is the same whatever the moment they are reckoned for.
+    Only the floor, below which none of them decays, asks for a newer moment now and then.
+    """
+
+    UNKNOWN = 1e9  # seconds that each piece of work takes a backend that was never measured
+    MOMENT = 1.0  # seconds for which averages are reckoned for the same moment
+    STEPS = 16  # for each doubling of the wait: among many, those within 4% share
 
     def __init__(self, rng: random.Random, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rng = rng
         self._clock = clock
-        self._fallback = LeastConnections(rng)
+        self._moment = -math.inf
+        self._ranking = Ranking(self._step, rng)
 
     def pick(self, candidates: Candidates, client: str) -> Backend:
         now = self._clock()
+        if now - self._moment > self.MOMENT:
+            self._moment = now
+            self._ranking.forget()
+        if len(candidates) > FEW and (found := self._ranking.least(candidates)):
+            return found
         least = math.inf
         ties: list[Backend] = []
         for backend in candidates:
-            if backend.active and not backend.average_at:
-                wait = math.inf  # never measured, and asked: until it answers, nothing speaks for asking it more
-            else:
-                wait = backend.expected_time(now) * (backend.active + 1) / backend.weight
+            wait = self._wait(backend)
             if wait < least:
                 least = wait
                 ties = [backend]
             elif wait == least:
                 ties.append(backend)
-        return self._fallback.pick(ties, client)
+        return ties[0] if len(ties) == 1 else ties[int(self._rng.random() * len(ties))]
+
+    def released(self, backend: Backend) -> None:
+        if backend.average_at - self._moment <= self.MOMENT:  # else the order is made anew before it is asked
+            self._ranking.released(backend)
+
+    def _wait(self, backend: Backend) -> float:
+        if not backend.average_at:
+            return self.UNKNOWN * backend.active / backend.weight
+        return backend.expected_time(self._moment) * (backend.active + 1) / backend.weight
+
+    def _step(self, backend: Backend) -> float:
+        return round(self.STEPS * math.log2(self._wait(backend) + 1e-9))
 
 
 class Custom:
@@ -219,6 +331,7 @@ def make_picker(
     report: Callable[[str], None],
     rng: random.Random | None = None,
     clock: Callable[[], float] = time.monotonic,
+    hash_balance: float = 1.25,
 ) -> Picker:
     """The picker of a policy's name, or of a `.py` file below `base`; ValueError where that file is of no use."""
     rng = rng or random.Random()
@@ -231,5 +344,6 @@ def make_picker(
         "ip_hash": IpHash,
         "power_of_two": lambda: PowerOfTwo(rng),
         "least_time": lambda: LeastTime(rng, clock),
+        "hash": lambda: Hash(hash_balance),
     }
     return table[algorithm]()

@@ -20,7 +20,6 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from balancer.backend import Admin, Backend
 from balancer.config import Server
 from balancer.explain import Standing
-from balancer.http1 import HeadLimits
 from balancer.metrics import Tally
 from balancer.pickers import Picker
 
@@ -70,13 +69,19 @@ class Pool:
             departed.merge(self.departed)
             return self._backends, self.leaving, departed
 
-    def lease(self, client: str, tried: Collection[Backend] = ()) -> Backend | None:
-        """Take a backend that was not tried yet, and count the work; None when there is none."""
+    def lease(self, key: str, tried: Collection[Backend] = (), wanted: Backend | None = None) -> Backend | None:
+        """Take a backend that was not tried yet, and count the work; None when there is none.
+
+        `key` is what a policy may go by: the client's address, or what hash_on names. `wanted` is had if it can be.
+        """
         with self._lock:
             candidates = self._candidates if not tried else self._available_locked(tried)
             if not candidates:
                 return None
-            backend = candidates[0] if len(candidates) == 1 else self._picker.pick(candidates, client)
+            if wanted is not None and wanted.available and wanted not in tried:
+                backend = wanted
+            else:
+                backend = candidates[0] if len(candidates) == 1 else self._picker.pick(candidates, key)
             backend.active += 1
             backend.tally.sessions += 1
             self.in_hand += 1
@@ -131,7 +136,7 @@ class Pool:
             self.on_change(backend, f"set to {admin.value} by {who}")
 
     def replace(
-        self, servers: Sequence[Server], head_limits: HeadLimits | None = None
+        self, servers: Sequence[Server], make: Callable[[Server], Backend] = Backend
     ) -> tuple[Sequence[Backend], Sequence[Backend]]:
         """Make these the backends, in this order. Returns those that are new, and those that left.
 
@@ -146,7 +151,7 @@ class Pool:
             for server in servers:
                 backend = present.pop(server.address, None)
                 if backend is None:
-                    backend = returning.get(server.address) or Backend(server, head_limits)
+                    backend = returning.get(server.address) or make(server)
                     backend.healthy = backend.probed = backend.leaving = False
                     backend.streak = 0
                     backend.changed_at = self._clock()

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from functools import partial
 
 from balancer.framing import Body, Encoder, FramingError, Truncated, as_is
+from balancer.stream import Stream
 
 PIECE = 262144  # octets per call: what a pipe of a splice holds, and what a copy receives at once
 LIMIT = 4096  # pump threads at once
@@ -58,16 +59,19 @@ class Flow:
     then is left out.
     """
 
-    __slots__ = ("copies", "end", "octets", "problem", "sink", "source", "stuck")
+    __slots__ = ("copies", "end", "exact", "octets", "problem", "sink", "source", "status", "stuck")
 
-    def __init__(self, source: socket.socket, sink: socket.socket) -> None:
+    def __init__(self, source: Stream, sink: Stream) -> None:
         self.source = source
         self.sink = sink
         self.octets = 0
-        self.copies = not SPLICES  # receives and sends, where splice cannot be used
+        self.exact = isinstance(source, socket.socket)  # gives no more than it is asked for, which TLS does
+        # Receives and sends, where splice cannot be used.
+        self.copies = not (SPLICES and self.exact and isinstance(sink, socket.socket))
         self.stuck = float("inf")  # seconds for which the sink may take nothing
         self.end = End.FAILED  # until the pump knows better: no direction is held to be whole by mistake
         self.problem = ""
+        self.status = 400  # what the one who sent a body that is BAD is to be told
 
     def wait_at_most(self, silence: float, stuck: float) -> None:
         """Bound how long the pump waits for the source and for the sink, in seconds. For the reactor's thread."""
@@ -199,7 +203,7 @@ def relay_body(flow: Flow, body: Body, encode: Encoder, first: bytes = b"", last
             _send_all(flow, first)
         while not body.done:
             most = PIECE if body.left is None else min(PIECE, body.left)
-            if body.left is not None and encode is as_is:
+            if body.left is not None and encode is as_is and flow.exact:
                 moved = _move(flow, most)
                 if moved:
                     body.skipped(moved)
@@ -220,7 +224,7 @@ def relay_body(flow: Flow, body: Body, encode: Encoder, first: bytes = b"", last
     except Truncated as error:
         flow.end, flow.problem = End.CUT, str(error)
     except FramingError as error:
-        flow.end, flow.problem = End.BAD, str(error)
+        flow.end, flow.problem, flow.status = End.BAD, str(error), error.status
 
 
 def relay_stream(flow: Flow, first: bytes = b"") -> None:
@@ -243,7 +247,7 @@ class _Ended(Exception):
         self.problem = error.strerror or str(error)
 
 
-def _receive(source: socket.socket, most: int) -> bytes:
+def _receive(source: Stream, most: int) -> bytes:
     try:
         return source.recv(most)
     except BlockingIOError as error:  # SO_RCVTIMEO
@@ -277,7 +281,7 @@ def _push(flow: Flow, send: Callable[[], int]) -> int:
             raise _Ended(End.SINK_LOST, error) from None
 
 
-def half_close(sink: socket.socket) -> bool:
+def half_close(sink: Stream) -> bool:
     """Pass the end of a stream on. False where there is nobody left to hear it."""
     try:
         sink.shutdown(socket.SHUT_WR)

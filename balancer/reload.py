@@ -120,7 +120,7 @@ def _shown(value: Any) -> str:
 
 # Noticing it ------------------------------------------------------------------------------------------------------
 
-_State = tuple[int, ...]  # what `stat` says of a file; empty when there is no file, or nothing in it
+_State = tuple[Any, ...]  # what `stat` says of a file; empty when there is no file, or nothing in it
 
 
 def _state(path: Path) -> _State:
@@ -144,7 +144,8 @@ class Watcher:
     `load` reads it, with all that the command line adds, and raises ConfigError; `running` is what it gave before the
     watch began. `apply` is given each configuration that is another than the last, or comes after an error or from
     `notice_now`; it may raise ConfigError or OSError, which is then an error like those of `load`. `refuse` is given
-    each error's line once. Both are called on the thread "reload". `on_error` is told of bugs in them.
+    each error's line once. Both are called on the thread "reload". `on_error` is told of bugs in them. `others` is
+    something else whenever another file has changed that belongs to what runs (a certificate): that is applied, too.
     """
 
     def __init__(
@@ -156,7 +157,9 @@ class Watcher:
         refuse: Callable[[str], None],
         on_error: Callable[[str, Exception], None],
         clock: Callable[[], float] = time.monotonic,
+        others: Callable[[], _State] = lambda: (),
     ) -> None:
+        self._others = others
         self._path = path
         self._config = running  # the last that was applied
         self._load = load
@@ -165,9 +168,10 @@ class Watcher:
         self._on_error = on_error
         self._clock = clock
         self._error = ""  # the last that was told, "" once it is mended
-        self._seen: _State = ()  # at the last look
-        self._seen_at = clock()  # when the file became so
-        self._read: _State | None = None  # when it was last read; it may have changed before the watch began
+        self._seen: tuple[_State, _State] = (), ()  # the file and the others at the last look
+        self._seen_at = clock()  # when they became so
+        # When they were last read; the file may have changed before the watch began.
+        self._read: tuple[_State | None, _State] = None, others()
         self._read_at = 0.0
         self._asked = False
         self._stopping = False
@@ -197,11 +201,12 @@ class Watcher:
 
     def look(self) -> None:
         """One look at the file, and all that follows from it."""
-        now, state = self._clock(), _state(self._path)
+        now, others = self._clock(), self._others()
+        state = _state(self._path), others
         if state != self._seen:
             self._seen, self._seen_at = state, now
             return
-        if not state and now - self._seen_at < ABSENCE:
+        if not state[0] and now - self._seen_at < ABSENCE:
             return
         if state == self._read and not self._asked and not (self._error and now - self._read_at >= RETRY):
             return
@@ -212,11 +217,12 @@ class Watcher:
             config = self._load()
         except ConfigError as refused:
             error = str(refused)
-        if _state(self._path) != state:  # it was written while it was read
+        if _state(self._path) != state[0]:  # it was written while it was read
             self._asked |= asked
             return
+        renewed = others != self._read[1]
         self._read, self._read_at = state, now
-        if config and (asked or self._error or config != self._config):
+        if config and (asked or renewed or self._error or config != self._config):
             try:
                 self._apply(config)
                 self._config, self._error = config, ""

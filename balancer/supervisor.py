@@ -34,7 +34,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from balancer.config import PLACEHOLDERS, Server
+from balancer.checks import PLACEHOLDERS
+from balancer.config import Server
 from balancer.journal import Journal
 
 FIRST_PAUSE = 0.5

@@ -6,14 +6,15 @@ connection is closed.
 
 from __future__ import annotations
 
-import socket
 import time
 
 from balancer.backend import Backend
 from balancer.config import format_address
 from balancer.explain import Trail
-from balancer.frontend import Frontend
+from balancer.frontend import Frontend, own_end
+from balancer.proxy_protocol import Address
 from balancer.reactor import NEVER
+from balancer.stream import Stream
 from balancer.tunnel import Tunnel
 from balancer.upstream import NONE_AVAILABLE, Attempt, Upstream
 
@@ -21,7 +22,7 @@ from balancer.upstream import NONE_AVAILABLE, Attempt, Upstream
 class TcpSession:
     """Accepted by the listener, and closed here."""
 
-    def __init__(self, front: Frontend, sock: socket.socket, address: tuple[str, int], number: int) -> None:
+    def __init__(self, front: Frontend, sock: Stream, address: tuple[str, int], number: int) -> None:
         self._front = front
         self._sock = sock
         self._number = number
@@ -30,7 +31,10 @@ class TcpSession:
         self._tunnel: Tunnel | None = None
         self._finished = False
         self._connected_after = -1.0
-        self.client_ip = address[0]
+        self.key = address[0]
+        self._source = address
+        self.wanted: Backend | None = None
+        self._counted = False  # among the connections of its client
         self._client = format_address(address[0], address[1])
         self.tried: list[Backend] = []
         self.refusal = NONE_AVAILABLE
@@ -40,9 +44,20 @@ class TcpSession:
 
     def start(self) -> None:
         self._front.reactor.timed.add(self)
+        if not self._let_in():
+            self._finish("PR")
+            return
         upstream = self._front.upstreams.obtain(self)
         if upstream is not None:
             self.connected(upstream)
+
+    def _let_in(self) -> bool:
+        admission = self._front.admission
+        if admission.counts(self.key):
+            self._counted = admission.connected(self.key)
+            if not self._counted:
+                return False
+        return admission.refusal(self.key, time.monotonic()) is None
 
     def drain(self) -> None:
         """A connection in TCP mode is one piece of work: it goes on until it ends or is killed."""
@@ -83,6 +98,9 @@ class TcpSession:
         )
         self._tunnel.start()
 
+    def ends(self) -> tuple[Address, Address]:
+        return self._source, own_end(self._sock)
+
     def unserved(self, status: int, code: str, reason: str) -> None:
         self._finish(code)
 
@@ -107,6 +125,8 @@ class TcpSession:
         upstream, tunnel, trail = self._upstream, self._tunnel, self.trail
         self._upstream = self._tunnel = None  # the tunnel refers to this session, too
         self._sock.close()
+        if self._counted:
+            front.admission.disconnected(self.key)
         octets_in = tunnel.up.flow.octets if tunnel else 0
         octets_out = tunnel.down.flow.octets if tunnel else 0
         total = front.reactor.now - self._began

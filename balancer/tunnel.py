@@ -25,6 +25,7 @@ from functools import partial
 
 from balancer.pump import RESET, End, Flow, Pumps, half_close, relay_stream
 from balancer.reactor import NEVER, READ, Reactor
+from balancer.stream import Stream
 
 TURN = 32768  # octets that are asked for at once; when that many are there, a pump is worth its start
 REST_AFTER = 2.0  # seconds of silence after which a direction gives its thread back
@@ -35,7 +36,7 @@ class Direction:
 
     __slots__ = ("codes", "ended", "flow", "name", "pumped", "reset", "resting")
 
-    def __init__(self, source: socket.socket, sink: socket.socket, name: str, codes: dict[End, str]) -> None:
+    def __init__(self, source: Stream, sink: Stream, name: str, codes: dict[End, str]) -> None:
         self.flow = Flow(source, sink)
         self.name = name
         self.codes = codes
@@ -56,8 +57,8 @@ class Tunnel:
         self,
         reactor: Reactor,
         pumps: Pumps,
-        client: socket.socket,
-        backend: socket.socket,
+        client: Stream,
+        backend: Stream,
         *,
         name: str,
         idle: float,
@@ -217,7 +218,7 @@ class Tunnel:
             self._on_end(self)
 
 
-def _reset_at_close(sock: socket.socket) -> None:
+def _reset_at_close(sock: Stream) -> None:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     except OSError:

@@ -22,14 +22,17 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
-from balancer.backend import Backend, connect_failure
+from balancer.backend import Backend, TlsFailure, connect_failure
 from balancer.config import Limits, Timeouts
 from balancer.explain import Trail
 from balancer.pool import Pool
+from balancer.proxy_protocol import Address, v1, v2
 from balancer.pump import RESET
 from balancer.reactor import NEVER, READ, WRITE, Reactor
+from balancer.stream import Handshake, Handshaker, Stream
 
 # Seconds that an idle connection is kept: less than the keep-alive of common application servers (uvicorn and Node
 # close after 5), so that it is us who close, and not they at the moment when a request is on its way.
@@ -50,7 +53,8 @@ QUEUE_FULL: Refusal = (503, "PQ", "too many requests are waiting for a backend")
 class Seeker(Protocol):
     """A session that needs a backend."""
 
-    client_ip: str
+    key: str  # what a policy may go by: the client's address, or what hash_on names
+    wanted: Backend | None  # the one that it had before, if it is to stay with that
     tried: list[Backend]  # those to which no connection could be opened
     refusal: Refusal  # set while it waits: what it is told if that was in vain
     deadline: float
@@ -63,6 +67,9 @@ class Seeker(Protocol):
 
     def unserved(self, status: int, code: str, reason: str) -> None: ...
 
+    def ends(self) -> tuple[Address, Address]:
+        """The client's address, and ours that it is connected to."""
+
     def crashed(self, error: Exception) -> None: ...
 
 
@@ -71,7 +78,7 @@ class Upstream:
 
     __slots__ = ("_owner", "backend", "deadline", "fd", "reused", "sock")
 
-    def __init__(self, owner: Upstreams, backend: Backend, sock: socket.socket) -> None:
+    def __init__(self, owner: Upstreams, backend: Backend, sock: Stream) -> None:
         self._owner = owner
         self.backend = backend
         self.sock = sock
@@ -110,6 +117,7 @@ class Attempt:
         self._backend = backend
         self._endpoints = list(backend.endpoints)
         self._sock: socket.socket | None = None
+        self._handshake: Handshake | None = None
         self._gives_up = owner.reactor.now + owner.timeouts.connect
         self.deadline = NEVER
 
@@ -169,18 +177,50 @@ class Attempt:
             self._drop_socket()
             self.begin(error)
             return
-        reactor = self._owner.reactor
-        reactor.timed.discard(self)
+        backend, owner = self._backend, self._owner
+        owner.reactor.timed.discard(self)
         sock.setblocking(True)
-        upstream = Upstream(self._owner, self._backend, sock)
-        reactor.handlers[upstream.fd] = self._seeker.on_backend
-        reactor.watch(upstream.fd, READ)
+        if backend.send_proxy:
+            build = v2 if backend.send_proxy == "v2" else v1
+            with suppress(OSError):  # it is lost, which whatever comes next will notice
+                sock.send(build(*self._seeker.ends()), socket.MSG_DONTWAIT)  # a fresh connection takes it whole
+        if backend.tls_context is None:
+            self._opened(sock)
+            return
+        owner.reactor.remove(sock.fileno())
+        self._sock = None  # it is the handshake's
+        self._handshake = owner.handshaker.begin(
+            sock,
+            backend.tls_context,
+            server_side=False,
+            server_hostname=backend.server_name,
+            timeout=max(0.001, self._gives_up - owner.reactor.now),
+            on_done=self._opened,
+            on_failed=self._not_encrypted,
+        )
+
+    def _opened(self, stream: Stream) -> None:
+        reactor = self._owner.reactor
+        upstream = Upstream(self._owner, self._backend, stream)
+        if upstream.fd in reactor.handlers:
+            reactor.handlers[upstream.fd] = self._seeker.on_backend
+            reactor.watch(upstream.fd, READ)
+        else:
+            reactor.add(upstream.fd, READ, self._seeker.on_backend)
         reactor.timed.add(upstream)
         self._seeker.attempt = None
         self._seeker.connected(upstream)
 
+    def _not_encrypted(self, reason: str) -> None:
+        self._handshake = None
+        self._seeker.attempt = None
+        self._owner.connect_failed(self._seeker, self._backend, TlsFailure(reason))
+
     def _drop_socket(self) -> None:
         sock, self._sock = self._sock, None
+        if self._handshake is not None:
+            self._handshake.cancel()
+            self._handshake = None
         if sock is not None:
             reactor = self._owner.reactor
             reactor.timed.discard(self)
@@ -190,7 +230,7 @@ class Attempt:
 
     def _fail(self, error: int) -> None:
         self._seeker.attempt = None
-        self._owner.connect_failed(self._seeker, self._backend, error)
+        self._owner.connect_failed(self._seeker, self._backend, OSError(error, os.strerror(error)))
 
 
 class Upstreams:
@@ -203,12 +243,14 @@ class Upstreams:
         timeouts: Timeouts,
         limits: Limits,
         retries: int,
+        handshaker: Handshaker,
         on_refused: Callable[[Backend], None] = lambda backend: None,
     ) -> None:
         self.reactor = reactor
         self.timeouts = timeouts
         self.limits = limits
         self.retries = retries
+        self.handshaker = handshaker
         self.worth_waiting: Callable[[], float] = lambda: 0.0  # asked where none is available: for how many seconds?
         self._pool = pool
         self._on_refused = on_refused
@@ -230,7 +272,7 @@ class Upstreams:
 
     def obtain(self, seeker: Seeker) -> Upstream | None:
         """An idle connection to the backend that is next, or None: see the head of this file."""
-        backend = self._pool.lease(seeker.client_ip, seeker.tried)
+        backend = self._pool.lease(seeker.key, seeker.tried, seeker.wanted)
         if backend is None:
             self._wait(seeker, None)
             return None
@@ -265,7 +307,7 @@ class Upstreams:
         """Its exchange is over, and it may serve another."""
         reactor, backend = self.reactor, upstream.backend
         idle = backend.idle
-        if backend.eligible and len(idle) < MOST_IDLE:
+        if backend.eligible and len(idle) < MOST_IDLE and not backend.send_proxy:  # that one is its client's
             upstream.reused = True
             upstream.deadline = reactor.now + KEEP_IDLE
             reactor.handlers[upstream.fd] = upstream.on_idle
@@ -344,7 +386,7 @@ class Upstreams:
             place = 0
             while place < len(self._queue):
                 seeker = self._queue[place]
-                backend = self._pool.lease(seeker.client_ip, seeker.tried)
+                backend = self._pool.lease(seeker.key, seeker.tried, seeker.wanted)
                 if backend is not None:
                     del self._queue[place]
                     self._serve(seeker, backend)
@@ -357,7 +399,7 @@ class Upstreams:
 
     def _serve_stranded(self) -> None:
         for _ in range(len(self._stranded)):
-            backend = self._pool.lease(self._stranded[0].client_ip)
+            backend = self._pool.lease(self._stranded[0].key)
             if backend is None:
                 break
             self._serve(self._stranded.popleft(), backend)
@@ -380,21 +422,21 @@ class Upstreams:
             seeker.deadline = NEVER  # else it holds until there is a connection, or there would be no end of it
         self._connect(seeker, backend)
 
-    def connect_failed(self, seeker: Seeker, backend: Backend, error: int) -> None:
+    def connect_failed(self, seeker: Seeker, backend: Backend, error: OSError) -> None:
         """Try the next one, if there is one and the configuration allows another try."""
-        if error in _SHORTAGES:
+        if error.errno in _SHORTAGES:
             self.release(backend)
-            seeker.unserved(503, "RC", f"the balancer is short of something: {os.strerror(error)}")
+            seeker.unserved(503, "RC", f"the balancer is short of something: {error.strerror}")
             return
-        if error != errno.EADDRNOTAVAIL:  # our ports towards this address are used up, which is no fault of its own
-            self._pool.report(backend, False, connect_failure(OSError(error, os.strerror(error))))
+        if error.errno != errno.EADDRNOTAVAIL:  # our ports towards this address are used up: no fault of its own
+            self._pool.report(backend, False, connect_failure(error))
             self._on_refused(backend)
         backend.tally.connect_errors += 1
         seeker.tried.append(backend)
-        self.note(seeker, connect_failure(OSError(error, os.strerror(error))), backend)
+        self.note(seeker, connect_failure(error), backend)
         self.release(backend)
         names = ", ".join(backend.id for backend in seeker.tried)
-        if error == errno.ETIMEDOUT:
+        if error.errno == errno.ETIMEDOUT:
             refusal = (504, "sC", f"no connection to a backend within the time allowed (tried {names})")
         else:
             refusal = (503, "SC", f"no backend could be reached (tried {names})")
@@ -403,7 +445,7 @@ class Upstreams:
     def _try_next(self, seeker: Seeker, refusal: Refusal) -> None:
         backend = None
         if len(seeker.tried) <= self.retries:
-            backend = self._pool.lease(seeker.client_ip, seeker.tried)
+            backend = self._pool.lease(seeker.key, seeker.tried, seeker.wanted)
         if backend is None:
             self._wait(seeker, refusal)
         else:

@@ -802,7 +802,7 @@ CLASHES = [
 def test_two_at_one_address_are_refused(document: object, line: str) -> None:
     config = parse(document)
     with pytest.raises(ConfigError) as caught:
-        configuration.refuse_clashes(config)
+        configuration.refuse_contradictions(config)
     assert str(caught.value) == f"servers.json: {line}"
 
 
@@ -821,12 +821,12 @@ def test_two_at_one_address_are_refused(document: object, line: str) -> None:
     ],
 )
 def test_the_same_port_elsewhere_is_no_clash(document: object) -> None:
-    configuration.refuse_clashes(parse(document))
+    configuration.refuse_contradictions(parse(document))
 
 
 def test_a_flag_mends_a_clash_of_the_file() -> None:
     config = parse([{"host": "127.0.0.1", "port": 8080}])
-    configuration.refuse_clashes(configuration.override(config, port="9000"))
+    configuration.refuse_contradictions(configuration.override(config, port="9000"))
 
 
 # --- what --check prints --------------------------------------------------------------------------------------------

@@ -13,13 +13,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = (
-    ("balancer.version", "balancer.config", "balancer.http1", "balancer.framing", "balancer.log_formats"),
-    ("balancer.journal", "balancer.metrics", "balancer.servers_file"),
-    ("balancer.proxy_protocol", "balancer.clients", "balancer.sticky"),
+    ("balancer.version", "balancer.checks", "balancer.config", "balancer.http1", "balancer.framing"),
+    ("balancer.log_formats", "balancer.journal", "balancer.metrics", "balancer.servers_file", "balancer.clients")
+    + ("balancer.proxy_protocol", "balancer.admission", "balancer.certificates", "balancer.sticky", "balancer.keys"),
     ("balancer.backend", "balancer.pickers", "balancer.hashing"),
     ("balancer.explain", "balancer.pool"),
-    ("balancer.reactor", "balancer.pump", "balancer.stream", "balancer.upstream", "balancer.health"),
-    ("balancer.frontend", "balancer.certificates", "balancer.tunnel", "balancer.tcp_session", "balancer.http_session"),
+    ("balancer.reactor", "balancer.stream", "balancer.pump", "balancer.upstream", "balancer.health"),
+    ("balancer.frontend", "balancer.tunnel", "balancer.tcp_session", "balancer.http_session", "balancer.greeting"),
     ("balancer.listener", "balancer.reload", "balancer.supervisor", "balancer.scaling"),
     ("balancer.status", "balancer.control", "balancer.gate", "balancer.api", "balancer.admin", "balancer.remote"),
     ("balancer.balancer",),

@@ -910,6 +910,17 @@ def test_file_that_cannot_be_rotated_grows_on_and_says_so(tmp_path: Path, path: 
 # The file: misfortunes --------------------------------------------------------------------------------------------
 
 
+def test_a_writer_that_cannot_write_does_not_spin_however_much_waits(path: Path, rounds):
+    """A balancer whose directory was deleted took a whole core once there was a batch to write."""
+    it = rounds(path=path.parent / "logs" / "lb.log")
+    path = path.parent / "logs" / "lb.log"
+    it.write(*map(str, range(3 * journal.BATCH)))
+    assert it.log.pause_after(0) == journal.LONGEST_PAUSE
+    path.parent.mkdir()
+    it.write()
+    assert it.log.pause_after(journal.BATCH) == 0.0, "it can write again, and there is more"
+
+
 def test_directory_that_vanished_and_came_back(path: Path, rounds, capsys: pytest.CaptureFixture[str]):
     it = rounds(path=path.parent / "logs" / "lb.log")
     path = path.parent / "logs" / "lb.log"

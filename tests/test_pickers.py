@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -13,7 +13,9 @@ import pytest
 
 from balancer.backend import AVERAGE_HALF_LIFE, Backend
 from balancer.config import POLICIES, Server
+from balancer.hashing import Hash
 from balancer.pickers import (
+    FEW,
     Custom,
     IpHash,
     LeastConnections,
@@ -21,6 +23,7 @@ from balancer.pickers import (
     Picker,
     PowerOfTwo,
     Random,
+    Ranking,
     RoundRobin,
     make_picker,
 )
@@ -50,6 +53,29 @@ def backends(*weights: int) -> tuple[Backend, ...]:
 
 def picks(picker: Picker, candidates: Sequence[Backend], count: int, client: str = "127.0.0.1") -> list[str]:
     return [picker.pick(candidates, client).id for _ in range(count)]
+
+
+class Leases:
+    """Gives out and takes back as the pool does."""
+
+    def __init__(self, picker: LeastConnections | LeastTime, candidates: Sequence[Backend]) -> None:
+        self.picker = picker
+        self.candidates = candidates
+        self.out: list[Backend] = []
+
+    def take(self, tried: Collection[Backend] = ()) -> Backend:
+        offered = [backend for backend in self.candidates if backend not in tried] if tried else self.candidates
+        return self.lease(self.picker.pick(offered, ""))
+
+    def lease(self, backend: Backend) -> Backend:
+        backend.active += 1
+        self.out.append(backend)
+        return backend
+
+    def give_back(self, backend: Backend) -> None:
+        self.out.remove(backend)
+        backend.active -= 1
+        self.picker.released(backend)
 
 
 # Round robin ------------------------------------------------------------------------------------------------------
@@ -186,6 +212,104 @@ def test_power_of_two_is_nearly_even():
     for _ in range(2000):
         picker.pick(candidates, "").active += 1
     assert max(backend.active for backend in candidates) <= 104
+
+
+# Least connections among many -------------------------------------------------------------------------------------
+
+MANY = 5 * FEW
+
+
+def load(backend: Backend) -> float:
+    return backend.active / backend.weight
+
+
+@pytest.mark.parametrize("weights", [(1,), (1, 2, 3), tuple(range(1, 41))], ids=["equal", "few-weights", "all-differ"])
+@pytest.mark.parametrize("in_hand", [5, MANY, 20 * MANY])
+def test_least_connections_is_exact_among_many(weights, in_hand):
+    """Whatever came between: retries, one that was leased without asking, a set that changed and changed back."""
+    everyone = backends(*(weights[number % len(weights)] for number in range(MANY)))
+    chance = random.Random(in_hand)
+    leases = Leases(LeastConnections(random.Random(1)), everyone)
+    for turn in range(2000):
+        tried = chance.sample(everyone, chance.randrange(1, 4)) if turn % 7 == 0 else []
+        least = min(load(backend) for backend in leases.candidates if backend not in tried)
+        chosen = leases.take(tried)
+        assert (chosen.active - 1) / chosen.weight == least
+        assert chosen not in tried
+        if turn % 11 == 0:
+            leases.lease(chance.choice(everyone))
+        if turn % 200 == 0:
+            leases.candidates = tuple(chance.sample(everyone, chance.randrange(2, MANY)))
+        while len(leases.out) > in_hand:
+            leases.give_back(chance.choice(leases.out))
+
+
+@pytest.mark.parametrize(("chance", "picked"), [(0.0, "1"), (0.5, "21"), (0.999, "40")])
+def test_least_connections_breaks_ties_at_random_among_many(chance, picked):
+    assert picks(LeastConnections(Dice(chance)), backends(*[1] * MANY), 3) == [picked] * 3
+
+
+def test_idle_backends_share_at_random_among_many():
+    """One request at a time: whoever was just released is as likely as any other. Chi-squared, six deviations."""
+    leases = Leases(LeastConnections(random.Random(5)), backends(*[1] * MANY))
+    counts: Counter[str] = Counter()
+    for _ in range(40 * MANY):
+        backend = leases.take()
+        leases.give_back(backend)
+        counts[backend.id] += 1
+    assert sum((counts[str(number)] - 40) ** 2 / 40 for number in range(1, MANY + 1)) < MANY + 6 * (2 * MANY) ** 0.5
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[Backend]:
+    """Whose score was reckoned: the work that a pick or a release is."""
+    looked_at: list[Backend] = []
+    begin = Ranking.__init__
+
+    def counting(ranking: Ranking, score: Callable[[Backend], float], rng: random.Random) -> None:
+        begin(ranking, lambda backend: (looked_at.append(backend), score(backend))[1], rng)
+
+    monkeypatch.setattr(Ranking, "__init__", counting)
+    return looked_at
+
+
+@pytest.mark.parametrize("weights", [(1,), (1, 2, 3, 4, 5)], ids=["equal", "weights"])
+@pytest.mark.parametrize("policy", [LeastConnections, LeastTime])
+def test_a_lease_among_a_thousand_is_little_work(scored, policy, weights):
+    """Counted, not timed: a lease and a release look at a few of them, once they are ranked."""
+    candidates = backends(*(weights[number % len(weights)] for number in range(1000)))
+    leases = Leases(policy(random.Random(1)), candidates)
+    for _ in range(2000):
+        leases.take()
+        if len(leases.out) > 64:
+            leases.give_back(leases.out[0])
+    scored.clear()
+    for _ in range(1000):
+        leases.take()
+        leases.give_back(leases.out[0])
+    assert len(scored) <= 6 * 1000
+
+
+def test_a_retry_among_many_forgets_nothing(scored):
+    leases = Leases(LeastConnections(random.Random(1)), backends(*[1] * 1000))
+    first = [leases.take() for _ in range(3)]
+    scored.clear()
+    for _ in range(5):
+        assert leases.take(tried=first) not in first
+        leases.take()
+    assert len(scored) <= 15
+
+
+def test_levels_that_nobody_stands_on_do_not_pile_up():
+    """Weights that all differ make as many loads as there are numbers in hand, and peaks leave them all behind."""
+    leases = Leases(LeastConnections(random.Random(1)), backends(*range(1, MANY + 1)))
+    for _ in range(1000):
+        leases.take()
+    while leases.out:
+        leases.give_back(leases.out[0])
+    for _ in range(2 * MANY):
+        leases.take()
+    assert len(leases.picker._ranking._heap) <= 3 * MANY
 
 
 # Hash of the address ----------------------------------------------------------------------------------------------
@@ -342,6 +466,81 @@ def test_least_time_breaks_ties_by_connections():
     assert picks(LeastTime(Dice(0.999), clock), (busy, idle), 1) == [idle.id]
 
 
+def wait(backend: Backend, now: float) -> float:
+    return backend.expected_time(now) * (backend.active + 1) / backend.weight
+
+
+def test_least_time_among_many_is_exact_to_a_twentieth():
+    """Answers come, some hang, some are not asked for so long that their averages reach the floor."""
+    clock = Clock()
+    chance = random.Random(4)
+    candidates = backends(*(1 + number % 3 for number in range(MANY)))
+    for backend in candidates:
+        backend.answered_in(chance.uniform(0.01, 0.5), clock())
+    leases = Leases(LeastTime(random.Random(1), clock), candidates)
+    for turn in range(4000):
+        clock.now += 5.0 if turn % 100 == 0 else 0.01
+        least = min(wait(backend, clock.now) for backend in candidates)
+        chosen = leases.take()
+        chosen.active -= 1
+        at_most = 2 ** (1 / LeastTime.STEPS) * 2 ** (LeastTime.MOMENT / AVERAGE_HALF_LIFE)
+        assert wait(chosen, clock.now) <= least * at_most * 1.0001
+        chosen.active += 1
+        while len(leases.out) > 30:
+            done = chance.choice(leases.out)
+            done.answered_in(chance.uniform(0.01, 0.5), clock())
+            leases.give_back(done)
+
+
+def test_least_time_asks_each_of_many_once_to_find_out():
+    clock = Clock()
+    leases = Leases(LeastTime(random.Random(1), clock), backends(*[1] * MANY))
+    for _ in range(MANY):
+        leases.take()
+    assert [backend.active for backend in leases.candidates] == [1] * MANY
+    leases.candidates[6].answered_in(0.5, clock())
+    leases.give_back(leases.candidates[6])
+    assert [leases.take().id for _ in range(20)] == ["7"] * 20
+
+
+def test_least_time_goes_by_connections_among_many_that_are_never_measured():
+    """TCP mode has no head to wait for."""
+    leases = Leases(LeastTime(random.Random(1), Clock()), backends(*[1] * MANY))
+    chance = random.Random(2)
+    for _ in range(20 * MANY):
+        least = min(backend.active for backend in leases.candidates)
+        assert leases.take().active - 1 == least
+        while len(leases.out) > 4 * MANY:
+            leases.give_back(chance.choice(leases.out))
+
+
+def test_least_time_among_many_does_not_take_a_long_silence_for_speed():
+    clock = Clock()
+    *quick, hangs = candidates = timed(clock, *[0.01] * MANY)
+    clock.now += 100 * AVERAGE_HALF_LIFE
+    leases = Leases(LeastTime(random.Random(1), clock), candidates)
+    for _ in range(50 * MANY):
+        clock.now += 0.001
+        chosen = leases.take()
+        if chosen is not hangs:
+            chosen.answered_in(0.01, clock.now)
+            leases.give_back(chosen)
+    assert hangs.active <= 17  # of 16 times the wait, and one more within a step
+    assert all(backend.active == 0 for backend in quick)
+
+
+def test_least_time_may_be_told_of_answers_hours_after_it_was_asked():
+    """Where only one backend is left, nobody asks; a power of two overflows after three hours of that."""
+    clock = Clock()
+    leases = Leases(LeastTime(random.Random(1), clock), timed(clock, *[0.1] * MANY))
+    for _ in range(10):
+        last = leases.take()
+    clock.now += 24 * 3600
+    last.answered_in(0.05, clock.now)
+    leases.give_back(last)
+    assert leases.take() in leases.candidates
+
+
 # A user's own -----------------------------------------------------------------------------------------------------
 
 
@@ -442,6 +641,17 @@ def test_each_policy_of_the_configuration_picks(name, tmp_path):
     picker = make_picker(name, tmp_path, pytest.fail, random.Random(1), Clock())
     candidates = backends(1, 2, 3)
     assert all(picker.pick(candidates, "127.0.0.1") in candidates for _ in range(20))
+
+
+def test_the_bound_of_hash_is_as_configured(tmp_path):
+    candidates = backends(1, 1)
+    for balance, others in ((1.0, 1), (1000.0, 0)):
+        picker = make_picker("hash", tmp_path, pytest.fail, hash_balance=balance)
+        assert isinstance(picker, Hash)
+        home = picker.pick(candidates, "x")
+        home.active += 1
+        assert (picker.pick(candidates, "x") is not home) == others
+        home.active -= 1
 
 
 def test_a_file_is_found_below_the_base(tmp_path):

@@ -12,12 +12,15 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -25,12 +28,16 @@ import backend_server
 import client
 import health_checker
 import lb
-from balancer.backend import Backend
-from balancer.config import POLICIES, Config, ConfigError, parse
+from balancer import LoadBalancer
+from balancer.api import ROUTES
+from balancer.backend import Admin, Backend
+from balancer.config import POLICIES, AdminPort, Config, ConfigError, parse
+from balancer.log_formats import FORMATS
 from balancer.pickers import make_picker
 from balancer.pool import Pool
+from balancer.remote import explanation
 from conftest import PATIENCE, eventually
-from programs import ROOT, checkout, free_ports
+from programs import ROOT, checkout, free_ports, run
 from test_floors import FLOOR
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,7 +76,7 @@ class Step(NamedTuple):
     @property
     def serves(self) -> bool:
         """It goes on until Ctrl-C."""
-        return self.command.startswith("python lb.py") and "--check" not in self.command
+        return re.match(r"(\w+=\S+ )*python lb\.py ", f"{self.command} ") is not None
 
     @property
     def leaves_something_running(self) -> bool:
@@ -84,7 +91,7 @@ class Step(NamedTuple):
 def steps() -> list[Step]:
     """Each command of the console blocks with the output that is shown for it, in order."""
     return [
-        Step(*text.partition("\n")[::2])
+        Step(*re.split(r"(?<!\\)\n", text, maxsplit=1))
         for block in blocks("console")
         for text in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]
     ]
@@ -92,7 +99,7 @@ def steps() -> list[Step]:
 
 MASKS = [  # what differs from one run to the next
     (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}", "WHEN"),
-    (r"INFO 127\.0\.0\.1:\d+ ", "INFO CLIENT "),
+    (r"(INFO|admin) 127\.0\.0\.1:\d+", r"\1 CLIENT"),
     (r"DOWN: .*, ", "DOWN: REASON, "),
     (r"process \d+", "process PID"),
     (r"started: \S+ ", "started: PYTHON "),
@@ -157,7 +164,8 @@ class Tour:
     def _type(self, step: Step) -> None:
         command = self._here(step.command)
         if step.serves:
-            command = command.replace("python lb.py", f"python lb.py --port {self._names['8080']}")
+            ports = f"--port {self._names['8080']} --admin {self._names['8404']}"
+            command = command.replace("python lb.py", f"python lb.py {ports}")
         # Each has a file of its own, for what runs on in the background goes on writing to it.
         self._commands += 1
         self._output = self._directory / f"output-{self._commands}"
@@ -279,12 +287,14 @@ def test_each_flag_of_a_program_is_named_and_no_other(program: ModuleType, capsy
 
 
 SERVER = {"host": "127.0.0.1", "port": 8001}
+SCALING = {"command": ["{python}", "app.py", "{port}"], "ports": "9001-9100"}
 
 
 def settings(text: dict[str, Any]) -> Config:
     """What such a file amounts to, relative paths starting here."""
     config = parse(json.dumps({"servers": [SERVER], **text}), "servers.json", Path.cwd())
-    return replace(config, log=replace(config.log, file=os.path.abspath(config.log.file)))
+    log = replace(config.log, file=os.path.abspath(config.log.file))
+    return replace(config, log=log, admin=replace(config.admin, asked_for=False))
 
 
 def documented() -> dict[str, str]:
@@ -328,9 +338,10 @@ def test_each_default_in_the_table_is_the_true_one():
             (spelled.setdefault(path[0], {}) if path else spelled)[name] = json.loads(default)
     assert without == {
         "servers", "servers[].id", "servers[].host", "servers[].port", "servers[].command",
-        "health_check.type", "health_check_url", "health_check_interval",
+        "health_check.type", "health_check_url", "health_check_interval", "scaling.command", "scaling.ports",
     }  # fmt: skip
-    assert settings({**spelled, "servers": [server]}) == settings({})
+    spelled["scaling"] |= SCALING
+    assert settings({**spelled, "servers": [server]}) == settings({"scaling": SCALING})
 
 
 def test_the_mistake_that_is_shown_is_told_in_these_words():
@@ -341,8 +352,9 @@ def test_the_mistake_that_is_shown_is_told_in_these_words():
 
 
 def test_each_example_of_a_file_is_one():
-    for block in blocks("json"):
-        assert len(parse(block, "README.md", Path()).servers) == 2
+    first, *rest = [parse(block, "README.md", Path()) for block in blocks("json")]
+    assert [server.id for server in first.servers] == ["blue", "green"]
+    assert all(config.scaling for config in rest)
 
 
 def test_each_policy_is_in_the_table_and_no_other():
@@ -350,7 +362,7 @@ def test_each_policy_is_in_the_table_and_no_other():
 
 
 def test_the_policy_of_ones_own_does_what_it_says(tmp_path):
-    (policy,) = blocks("python")
+    policy, _ = blocks("python")
     assert len(policy.splitlines()) <= 10
     (tmp_path / "my_policy.py").write_text(policy)
     servers = parse(json.dumps([SERVER, {**SERVER, "port": 8002}]), "", Path()).servers
@@ -362,6 +374,66 @@ def test_the_policy_of_ones_own_does_what_it_says(tmp_path):
     pool.release(pool.backends[1])
     assert pool.lease("192.0.2.1") is pool.backends[1]
     assert complaints == []
+
+
+def test_each_path_of_the_operators_port_is_in_the_table_and_no_other():
+    listed = {("GET", "/")}
+    for cell, _ in rows("The operator's port"):
+        first, *others = code(cell)
+        method, path = first.split()
+        listed |= {(method, each) for each in (path, *others)}
+    assert listed == {(route.method, route.path) for route in ROUTES}
+
+
+def test_the_formats_of_the_log_look_like_the_lines_that_are_shown():
+    """But for time, host and process."""
+    record = (
+        1795208400.0, "127.0.0.1:51244", b"GET /status/404 HTTP/1.1", 404, 22, "1",
+        0.0, 0.0, 0.0002, 0.0008, 0.0009, "--", 1, "", 0, 1, 1, 1, 0,
+    )  # fmt: skip
+    elsewhere = re.compile(r"^(\w+ +\d+ )?[\d:. -]+|\S+ haproxy\[\d+\]|\[\d.*?\]|[\d-]+T[\d:.]+Z")
+    shown = section("The log").split("```\n")[1].splitlines()
+    written = [format.exchange(record) for format in FORMATS.values()]
+    assert [elsewhere.sub("", line) for line in shown] == [elsewhere.sub("", line) for line in written]
+
+
+def test_a_refusal_is_explained_as_is_shown():
+    """But for times, the client's port and the id."""
+    varying = re.compile(r"[\da-f]{8}-[\da-f]+|[\d-]{10} [\d:]{8}|[\d.]+ ms|127\.0\.0\.1:\d+")
+    with ExitStack() as stack:
+        ports = [stack.enter_context(backend_server.serving(backend_server.Backend())).port for _ in range(3)]
+        servers = [
+            {"id": name, "host": "127.0.0.1", "port": port, "max_connections": int(name == "blue")}
+            for name, port in zip(("blue", "green", "red"), ports, strict=True)
+        ]
+        keys = {"timeouts": {"queue": 0.1}, "health_check": {"fall": 1}, "admin": {"address": "127.0.0.1:0"}}
+        balancer = stack.enter_context(LoadBalancer(servers, **keys))
+        blue, _, red = balancer.pool.backends
+        balancer.fail("green")
+        balancer.pool.set_admin(red, Admin.DRAIN, "the test")
+        eventually(lambda: balancer.states == {"blue": "UP", "green": "DOWN", "red": "DRAIN"}, "they stand as is shown")
+        client = stack.enter_context(socket.create_connection((balancer.host, balancer.port), PATIENCE))
+        client.sendall(b"GET /slow/60 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        eventually(lambda: blue.active == 1, "it has its one request in hand")
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            urllib.request.urlopen(balancer.url, timeout=PATIENCE)
+        refusal.value.close()
+        port = urlsplit(balancer.admin_url).port
+        found = explanation(AdminPort(port=port or 0), refusal.value.headers["X-Request-Id"])
+    (shown,) = [block for block in blocks("") if block.startswith("request ")]
+    assert varying.sub("*", shown) == varying.sub("*", found)
+
+
+@pytest.mark.program
+def test_the_example_for_a_test_suite_passes(tmp_path):
+    _, example = blocks("python")
+    for port, free in zip(("9301", "9302"), free_ports(2), strict=True):
+        assert port in example
+        example = example.replace(port, str(free))
+    (checkout(tmp_path) / "test_example.py").write_text(example)
+    ended = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "test_example.py", directory=tmp_path)
+    assert ended.returncode == 0, ended.stdout
+    assert ended.stdout.splitlines()[-1].startswith("2 passed")
 
 
 def test_each_module_is_in_the_list_at_its_floor():

@@ -21,6 +21,7 @@ from balancer.explain import Trail
 from balancer.pickers import RoundRobin
 from balancer.pool import Pool
 from balancer.reactor import NEVER, READ, Reactor
+from balancer.stream import Handshaker
 from balancer.upstream import NONE_AVAILABLE, QUEUE_FULL, QUEUED_IN_VAIN, Attempt, Refusal, Upstream, Upstreams
 from conftest import PATIENCE, eventually
 
@@ -38,7 +39,8 @@ class Clock:
 class Seeker:
     """A session that only notes what it is told."""
 
-    client_ip = "127.0.0.1"
+    key = "127.0.0.1"
+    wanted = None
 
     def __init__(self, name: str = "", when_connected: Callable[[Upstream], None] = lambda upstream: None) -> None:
         self.name = name
@@ -64,6 +66,9 @@ class Seeker:
 
     def unserved(self, status: int, code: str, reason: str) -> None:
         self.told.put((status, code, reason))
+
+    def ends(self):
+        return ("127.0.0.1", 1), ("127.0.0.1", 2)
 
     def crashed(self, error: Exception) -> None:
         self.told.put((0, "crashed", str(error)))
@@ -109,6 +114,7 @@ class Scene:
             Timeouts(**timeouts),
             limits or Limits(),
             retries,
+            Handshaker(self.reactor, 1, 10, lambda where, error: self.errors.append(f"{where}: {error!r}")),
             on_refused=lambda backend: self.refused.append(backend.id),
         )
         return self.backends

@@ -80,8 +80,12 @@ class Browser:
 
     def text(self, selector: str) -> str:
         """An element's text as it is seen: "" where it is hidden."""
-        found: str = command("GET", f"{self._session}/element/{self._find(selector)}/text")
-        return found
+        return str(
+            self.run(
+                "const e = document.querySelector(arguments[0]); return e.checkVisibility() ? e.innerText : ''",
+                selector,
+            )
+        )
 
     def texts(self, selector: str) -> list[str]:
         """The texts of all elements that match, as they are seen."""
@@ -91,7 +95,8 @@ class Browser:
         """Does anything that matches take up room?"""
         return bool(
             self.run(
-                "return Array.from(document.querySelectorAll(arguments[0])).some(e => e.getClientRects().length)", selector
+                "return Array.from(document.querySelectorAll(arguments[0])).some(e => e.getClientRects().length)",
+                selector,
             )
         )
 
@@ -129,9 +134,9 @@ class Browser:
         path.write_bytes(base64.b64decode(picture["data"]))
 
     def complaints(self) -> list[str]:
-        """What the console was told as an error since the last call: exceptions, violations of the page's policy."""
+        """Exceptions in the page, and violations of its policy, since the last call. An answer of 404 is neither."""
         entries = self._post("se/log", type="browser")
-        return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
+        return [entry["message"] for entry in entries if entry["level"] == "SEVERE" and entry["source"] != "network"]
 
     def close(self) -> None:
         command("DELETE", self._session)
