@@ -1,4 +1,4 @@
-"""Who the client is, and what it may do: networks, X-Forwarded-For and Forwarded, rates, connections at once.
+"""Who the client is, and what it may do: networks, X-Forwarded-For, rates, connections at once.
 
 No socket in here, no lock and no clock: all is called on the reactor's thread, much of it once for each request.
 
@@ -29,8 +29,6 @@ SLACK = 1e-4  # of a token: more than a float is rounded by within 100 days at 1
 MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96, before the octets of an IPv4 address (RFC 4291, 2.5.5.2)
 _TRANSLATED = bytes.fromhex("0064ff9b") + bytes(8)  # 64:ff9b::/96
 _WITH_PORT = re.compile(r"\[([^\]]*:[^\]]*)\](?::[0-9]{1,5})?|([^:]*):[0-9]{1,5}")
-_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_QUOTED = re.compile(rb'(["\\])')
 
 
 # Addresses --------------------------------------------------------------------------------------------------------
@@ -150,23 +148,6 @@ def _listed_address(entry: str) -> str:
     """The address in `192.0.2.1`, `192.0.2.1:80`, `2001:db8::1`, `[2001:db8::1]` or `[2001:db8::1]:80`."""
     dressed = _WITH_PORT.fullmatch(entry) if ":" in entry else None
     return plain_address(dressed[1] or dressed[2] if dressed else entry)
-
-
-def forwarded_field(client: str, by: str, proto: str, host: bytes) -> bytes:
-    """The value of the Forwarded field (RFC 7239) for a request of this client.
-
-    by: our address at which it came. host: what the request was for, with its port if it named one; may be empty.
-    """
-    value = f"for={_node(client)};by={_node(by)};proto={proto}".encode()
-    if not host:
-        return value
-    if not _TOKEN.fullmatch(host):
-        host = b'"%b"' % _QUOTED.sub(rb"\\\1", host)
-    return b"%b;host=%b" % (value, host)
-
-
-def _node(address: str) -> str:
-    return f'"[{address}]"' if ":" in address else address
 
 
 # Limits -----------------------------------------------------------------------------------------------------------

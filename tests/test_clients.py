@@ -22,7 +22,6 @@ from balancer.clients import (
     Networks,
     Rates,
     client_of,
-    forwarded_field,
     plain_address,
 )
 
@@ -270,26 +269,6 @@ def test_whatever_comes_the_client_is_a_plain_address():
     for _ in range(3000):
         client = client_of(PEER, "".join(rng.choices(pieces, k=rng.randrange(12))), TRUSTED)
         assert clients.unpack(clients.pack(client)) == client
-
-
-# Forwarded --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("client", "by", "proto", "host", "value"),
-    [
-        (ONE, OTHER, "http", b"lb.test", b"for=192.0.2.1;by=192.0.2.2;proto=http;host=lb.test"),
-        (ONE, OTHER, "https", b"lb.test:8080", b'for=192.0.2.1;by=192.0.2.2;proto=https;host="lb.test:8080"'),
-        ("2001:db8::1", "::1", "http", b"a", b'for="[2001:db8::1]";by="[::1]";proto=http;host=a'),
-        (ONE, OTHER, "http", b"[::1]:80", b'for=192.0.2.1;by=192.0.2.2;proto=http;host="[::1]:80"'),
-        (ONE, OTHER, "http", b"", b"for=192.0.2.1;by=192.0.2.2;proto=http"),
-        (ONE, OTHER, "http", b"a,b;c=d", b'for=192.0.2.1;by=192.0.2.2;proto=http;host="a,b;c=d"'),
-        (ONE, OTHER, "http", b'a"\\b', b'for=192.0.2.1;by=192.0.2.2;proto=http;host="a\\"\\\\b"'),
-    ],
-)
-def test_forwarded_quotes_what_is_no_token(client, by, proto, host, value):
-    """RFC 7239: section 4 for quoting, section 6 for IPv6 in brackets, 5.3 for the host as it was asked for."""
-    assert forwarded_field(client, by, proto, host) == value
 
 
 # Rates ------------------------------------------------------------------------------------------------------------
