@@ -286,7 +286,8 @@ class LoadBalancer:
             wanted, config = config, applicable(self.config, config)
             keys = Keys(config, self._keys)
             try:
-                picker = self._make_picker(config) if config.algorithm != self.config.algorithm else None
+                same = (config.algorithm, config.hash_balance) == (self.config.algorithm, self.config.hash_balance)
+                picker = None if same else self._make_picker(config)
                 log = config.log
                 self._journal.configure(
                     log.file, level=log.level, max_bytes=log.max_bytes, backups=log.backups, format=log.format
@@ -370,7 +371,10 @@ class LoadBalancer:
         return literal_endpoints(host, port) or resolve(host, port)
 
     def _make_picker(self, config: Config) -> Picker:
-        return make_picker(config.algorithm, config.base, lambda text: self._journal.event("error", text))
+        def report(text: str) -> None:
+            self._journal.event("error", text)
+
+        return make_picker(config.algorithm, config.base, report, hash_balance=config.hash_balance)
 
     def _use_keys(self, keys: Keys) -> None:
         """Connections that begin from here on are encrypted by these, and cookies signed."""

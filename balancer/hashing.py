@@ -29,7 +29,7 @@ _LONG_KEY = 64  # characters; what is longer is remembered by its hash
 
 
 class Hash:
-    """A picker. `factor` is 1 or more; a thousand lets every key stay at home.
+    """A picker. `factor` is 1 or more; one as large as the number of backends lets every key stay at home.
 
     It has to know what is in hand: the pool calls `leased` and `released` under its lock.
     """

@@ -366,8 +366,10 @@ class HttpSession:
     def _find_key(self, request: Request) -> None:
         """What the policy goes by, and which backend this client had before."""
         front = self._front
+        self.key = self._source[0]
         if front.hash_on:
-            self.key = key_of(front.hash_on, request.target, request.fields)
+            head = request.head  # Host stands there only
+            self.key = key_of(front.hash_on, request.target, head[head.index(b"\r\n") :]) or self.key
         if front.sticky is not None:
             value = front.sticky.find(request.fields)
             self.wanted = front.sticks.get(value) if value is not None else None

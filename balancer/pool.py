@@ -42,7 +42,7 @@ class Pool:
     ) -> None:
         self._lock = threading.Lock()  # guards everything below, and the shared fields of each backend
         self._backends = tuple(backends)
-        self._picker = picker
+        self._use_locked(picker)
         self._rise = rise
         self._fall = fall
         self._clock = clock
@@ -85,6 +85,8 @@ class Pool:
             backend.active += 1
             backend.tally.sessions += 1
             self.in_hand += 1
+            if self._leased is not None:
+                self._leased(backend)
             if backend.active == backend.max_connections:
                 self._find_candidates_locked()
             return backend
@@ -94,6 +96,8 @@ class Pool:
         with self._lock:
             backend.active -= 1
             self.in_hand -= 1
+            if self._released is not None:
+                self._released(backend)
             if backend.active == backend.max_connections - 1:
                 self._find_candidates_locked()
         if backend.leaving:
@@ -170,7 +174,8 @@ class Pool:
     def configure(self, *, picker: Picker | None = None, rise: int | None = None, fall: int | None = None) -> None:
         """Change how it is chosen and how results are counted, from the next one on; None leaves as it is."""
         with self._lock:
-            self._picker = picker or self._picker
+            if picker is not None:
+                self._use_locked(picker)
             self._rise = rise or self._rise
             self._fall = fall or self._fall
 
@@ -181,6 +186,12 @@ class Pool:
             with self._lock:
                 standings = self._standings = tuple(map(Standing.of, self._backends))
         return standings
+
+    def _use_locked(self, picker: Picker) -> None:
+        """Have it pick from here on, and tell it of leases and releases if it wants to hear of them."""
+        self._picker = picker
+        self._leased: Callable[[Backend], None] | None = getattr(picker, "leased", None)
+        self._released: Callable[[Backend], None] | None = getattr(picker, "released", None)
 
     def _dismiss(self) -> None:
         """Part with those that left and have nothing in hand any more."""

@@ -994,7 +994,7 @@ def test_a_thousand_backends_are_updated_within_the_blink_of_an_eye(page, port):
         new PerformanceObserver(add).observe({ type: "longtask" });
     """)
     lengths = []
-    for turn in range(1, 6):
+    for turn in range(1, 4):
         for number, one in enumerate(many):
             one.update(requests_total=turn * 1000 + number, requests_per_s=turn + number / 10, active=turn)
         port.status["queue"] = turn
@@ -1007,9 +1007,9 @@ def test_a_thousand_backends_are_updated_within_the_blink_of_an_eye(page, port):
                 "return new Promise((done) => requestAnimationFrame(() => setTimeout(() => { done(long); long = 0; })))"
             )
         )
-    assert cells(page, "b0")["requestsTotal"] == "5,000"
+    assert cells(page, "b0")["requestsTotal"] == "3,000"
     page.run("document.querySelector('#rows tr:last-child').scrollIntoView()")
-    eventually(lambda: cells(page, "b999")["requestsTotal"] == "5,999", "figures of a row that comes in sight")
+    eventually(lambda: cells(page, "b999")["requestsTotal"] == "3,999", "figures of a row that comes in sight")
     assert min(lengths) < 150, lengths
     page.fill("#filter", "b77 up")
     assert page.text("#matches") == "11 of 1,000"
