@@ -18,12 +18,12 @@ import os
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from balancer.config import Config, ConfigError, format_address
+from balancer.config import Config, ConfigError, Tls, format_address
 from balancer.servers_file import settings
 
 PERIOD = 0.25
@@ -65,8 +65,22 @@ def applicable(running: Config, wanted: Config) -> Config:
     if probe.follows_mode:
         probe = replace(probe, type=running.mode)
     return replace(
-        wanted, host=running.host, port=running.port, mode=running.mode, admin=running.admin, health_check=probe
+        wanted,
+        host=running.host,
+        port=running.port,
+        mode=running.mode,
+        admin=running.admin,
+        tls=_applicable_tls(running.tls, wanted.tls),
+        health_check=probe,
     )
+
+
+def _applicable_tls(running: Tls | None, wanted: Tls | None) -> Tls | None:
+    """The port that redirects stays as it is, and so does that there is TLS where it sends clients to."""
+    redirect_from = running.redirect_from if running else ""
+    if wanted is None:
+        return running if redirect_from else None
+    return replace(wanted, redirect_from=redirect_from)
 
 
 def difference(old: Config, new: Config) -> Difference:
@@ -114,8 +128,14 @@ def _shown(value: Any) -> str:
     """A setting on one line, whatever is in it."""
     if value in ("", [], ()):
         return "none"
-    text = shlex.join(value) if isinstance(value, (list, tuple)) else value
+    text = shlex.join(_words(value)) if isinstance(value, (list, tuple)) else value
     return text if isinstance(text, str) and text.isprintable() else json.dumps(text)
+
+
+def _words(items: Sequence[Any]) -> Iterator[str]:
+    """Those of a list: of a certificate the names of its files."""
+    for item in items:
+        yield from item.values() if isinstance(item, dict) else (item,)
 
 
 # Noticing it ------------------------------------------------------------------------------------------------------

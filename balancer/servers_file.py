@@ -23,10 +23,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from balancer.config import Config, Scaling, Server, format_address, load, parse
+from balancer.config import BackendTls, Config, Scaling, Server, Sticky, Tls, format_address, load, parse
 
 _BOM = "\ufeff"
 _NOT_IN_FILE = ("source", "base", "follows_mode", "asked_for")  # fields that tell of a setting's origin
+_Absent = Mapping[str, type[Any]]  # keys whose object may be left out, None being their default, and its dataclass
+_SERVER_ABSENT: _Absent = {"tls": BackendTls}
+_CONFIG_ABSENT: _Absent = {"scaling": Scaling, "sticky": Sticky, "tls": Tls}
 
 
 # A configuration as a document -----------------------------------------------------------------------------------
@@ -52,16 +55,14 @@ def document(config: Config) -> dict[str, Any]:
     their absolute paths, and each server has its id.
     """
     found, usual = settings(config), settings(Config(servers=()))
-    servers = [_unlike(server, _defaults(Server)) for server in found.pop("servers")]
+    servers = [_unlike(server, _defaults(Server), _SERVER_ABSENT) for server in found.pop("servers")]
     if config.admin.asked_for:
         del usual["admin"]["address"]
     if config.health_check.follows_mode:
         del found["health_check"]["type"]
     else:
         del usual["health_check"]["type"]
-    if config.scaling:
-        usual["scaling"] = _defaults(Scaling)
-    return {"servers": servers, **_unlike(found, usual)}
+    return {"servers": servers, **_unlike(found, usual, _CONFIG_ABSENT)}
 
 
 def _plain(value: Any) -> Any:
@@ -78,17 +79,19 @@ def _range(statuses: tuple[int, int]) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
-def _defaults(kind: type[Server | Scaling]) -> dict[str, Any]:
+def _defaults(kind: type[Any]) -> dict[str, Any]:
     return {each.name: _plain(each.default) for each in fields(kind) if each.default is not MISSING}
 
 
-def _unlike(found: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs, and of an object within only what differs in it."""
-    different = {}
+def _unlike(found: Mapping[str, Any], usual: Mapping[str, Any], absent: _Absent) -> dict[str, Any]:
+    """What differs, and of an object within only what differs in it; true for one that is there with all as usual."""
+    different: dict[str, Any] = {}
     for key, value in found.items():
         if isinstance(value, dict):
-            if inner := _unlike(value, usual[key]):
-                different[key] = inner
+            is_extra = usual.get(key) is None
+            inner = _unlike(value, _defaults(absent[key]) if is_extra else usual[key], {})
+            if inner or is_extra:
+                different[key] = inner or True
         elif key not in usual or value != usual[key]:
             different[key] = value
     return different

@@ -172,18 +172,26 @@ class TlsStream:
     def _decrypt(self, ciphertext: bytes) -> bytes:
         if not ciphertext:
             self._end((TlsTruncated, "the connection ended without close_notify"))
+        if len(ciphertext) <= LEAST:
+            return self._open(ciphertext)
+        # By pieces: the SSL object's buffer never shrinks again, and each connection has one. And others want the lock.
+        whole = memoryview(ciphertext)
+        return b"".join([self._open(whole[start : start + LEAST]) for start in range(0, len(whole), LEAST)])
+
+    def _open(self, ciphertext: bytes | memoryview) -> bytes:
+        if self._ended:
             return b""
-        incoming = self._incoming
+        incoming, read = self._incoming, self._tls.read
         data = b""
         before: list[bytes] = []
         with self._lock:
             incoming.write(ciphertext)
             try:
-                data = self._tls.read(RECORD)
+                data = read(RECORD)
                 while incoming.pending:
                     before.append(data)
                     data = b""
-                    data = self._tls.read(RECORD)
+                    data = read(RECORD)
                 if not data:
                     self._end(None)
             except ssl.SSLWantReadError:

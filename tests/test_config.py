@@ -11,12 +11,27 @@ from typing import Any
 import pytest
 
 from balancer import config as configuration
-from balancer.config import AdminPort, Config, ConfigError, HealthCheck, Limits, Log, Scaling, Server, Timeouts
+from balancer.config import (
+    AdminPort,
+    BackendTls,
+    Certificate,
+    Config,
+    ConfigError,
+    HealthCheck,
+    Limits,
+    Log,
+    Scaling,
+    Server,
+    Sticky,
+    Timeouts,
+    Tls,
+)
 
 ONE = {"host": "127.0.0.1", "port": 8001}
 TWO = {"host": "127.0.0.1", "port": 8002}
 SCALED = {"command": ["{python}", "app.py", "--port", "{port}"], "ports": "9001-9100"}
-POLICIES = '"round_robin", "least_connections", "random", "ip_hash", "power_of_two", "least_time" or a .py file'
+POLICIES = '"round_robin", "least_connections", "random", "ip_hash", "power_of_two", "least_time", "hash" or a .py file'
+SITE = {"cert": "site.pem", "key": "site.key"}
 
 
 def parse(document: object, base: Path = Path("/nowhere")) -> Config:
@@ -36,6 +51,10 @@ def server(**keys: object) -> dict[str, Any]:
 
 def top(**keys: object) -> dict[str, Any]:
     return {"servers": [ONE], **keys}
+
+
+def tls(**keys: object) -> dict[str, Any]:
+    return top(tls={"certificates": [SITE], **keys})
 
 
 def scaling(**keys: object) -> dict[str, Any]:
@@ -81,7 +100,8 @@ WRONG_VALUES = [
     (server(wieght=2), 'servers[0].wieght: unknown key; did you mean "weight"?'),
     (
         server(colour=2),
-        "servers[0].colour: unknown key; the keys here are id, host, port, weight, backup, max_connections and command",
+        "servers[0].colour: unknown key; the keys here are id, host, port, weight, backup, max_connections, command, "
+        "tls and send_proxy",
     ),
     (top(health_check={"intervall": 1}), 'health_check.intervall: unknown key; did you mean "interval"?'),
     (top(timeouts={"Connect": 1}), 'timeouts.Connect: unknown key; did you mean "connect"?'),
@@ -91,6 +111,18 @@ WRONG_VALUES = [
     (top(listen={"x" * 99: 1}), f'listen."{"x" * 56}...: unknown key; the keys here are host and port'),
     (top(admin={"adress": "off"}), 'admin.adress: unknown key; did you mean "address"?'),
     (scaling(maximum=2), 'scaling.maximum: unknown key; did you mean "max"?'),
+    (server(tls={"sni": "a"}), "servers[0].tls.sni: unknown key; the keys here are ca, server_name and verify"),
+    (tls(minversion="1.2"), 'tls.minversion: unknown key; did you mean "min_version"?'),
+    (
+        tls(certificates=[SITE | {"chain": "c"}]),
+        "tls.certificates[0].chain: unknown key; the keys here are cert and key",
+    ),
+    (top(sticky={"name": "a"}), "sticky.name: unknown key; the keys here are cookie and secret_file"),
+    (top(limits={"client_rates": 1}), 'limits.client_rates: unknown key; did you mean "client_rate"?'),
+    (top(trusted_proxy=[]), 'trusted_proxy: unknown key; did you mean "trusted_proxies"?'),
+    (top(tls={}), 'tls: "certificates" is missing'),
+    (tls(certificates=[SITE, {"cert": "a"}]), 'tls.certificates[1]: "key" is missing'),
+    (tls(certificates=[{"key": "a"}]), 'tls.certificates[0]: "cert" is missing'),
     ({}, "servers: the key is missing"),
     ({"admin": {}}, "servers: the key is missing"),
     ({"scaling": {"ports": "1-9"}}, 'scaling: "command" is missing'),
@@ -213,6 +245,85 @@ WRONG_VALUES = [
     (top(listen=8080), "listen: must be an object, not the number 8080"),
     (top(listen={"port": 65536}), "listen.port: must be 0 to 65535, not 65536"),
     (top(listen={"host": "*"}), 'listen.host: must be a host name or an IP address and nothing else, not "*"'),
+    (top(algorithm="hsh"), f'algorithm: must be {POLICIES}, not "hsh"; did you mean "hash"?'),
+    *(
+        (top(hash_on=wrong), f'hash_on: must be "header:NAME", "cookie:NAME", "query:NAME" or "path", not "{wrong}"')
+        for wrong in ("Path", "header", "header:", "header:X Y", "cookie:a;b", "query:", "query:ä b", "path:a")
+    ),
+    (top(hash_on=None), "hash_on: must be a string, not null"),
+    (top(hash_on=0), "hash_on: must be a string, not the number 0"),
+    (top(hash_on=["path"]), "hash_on: must be a string, not a list"),
+    (top(hash_balance=0.99), "hash_balance: must be 1 to 1000, not 0.99"),
+    (top(hash_balance=1001), "hash_balance: must be 1 to 1000, not 1001"),
+    (top(hash_balance="1.25"), 'hash_balance: must be a number, not the string "1.25"'),
+    (top(sticky=None), "sticky: must be true, false or an object, not null"),
+    (top(sticky="lb"), 'sticky: must be true, false or an object, not the string "lb"'),
+    *(
+        (top(sticky={"cookie": wrong}), f'sticky.cookie: must be a name such as "lb", not {json.dumps(wrong)}')
+        for wrong in ("", "a b", "a=b", "a;", '"a"', "\n")
+    ),
+    (top(sticky={"cookie": 5}), "sticky.cookie: must be a string, not the number 5"),
+    (top(sticky={"secret_file": False}), "sticky.secret_file: must be a string, not false"),
+    # TLS
+    (top(tls=True), "tls: must be an object, not true"),
+    *(
+        (tls(certificates=wrong), f"tls.certificates: must be a list such as {json.dumps([SITE])}, not {found}")
+        for wrong, found in [({}, "an object"), ("site.pem", 'the string "site.pem"'), (None, "null")]
+    ),
+    (tls(certificates=["site.pem"]), 'tls.certificates[0]: must be an object, not the string "site.pem"'),
+    (tls(certificates=[SITE | {"cert": ""}]), "tls.certificates[0].cert: must name a file"),
+    (tls(certificates=[SITE | {"key": 1}]), "tls.certificates[0].key: must be a string, not the number 1"),
+    (
+        tls(certificates=[SITE | {"key": "a\0b"}]),
+        'tls.certificates[0].key: must be at most 4096 printable characters, not "a\\u0000b"',
+    ),
+    (tls(min_version="TLSv1.2"), 'tls.min_version: must be "1.2" or "1.3", not "TLSv1.2"; did you mean "1.2"?'),
+    (tls(min_version=1.2), "tls.min_version: must be a string, not the number 1.2"),
+    *(
+        (
+            tls(redirect_from=wrong),
+            f"tls.redirect_from: must be HOST:PORT, [IPV6]:PORT or PORT, not {json.dumps(wrong)}",
+        )
+        for wrong in ("off", "localhost", "::1:80", "http://a:80")
+    ),
+    (tls(redirect_from=80), "tls.redirect_from: must be a string, not the number 80"),
+    (tls(redirect_from="1.2.3.4:65536"), "tls.redirect_from: must be 0 to 65535, not 65536"),
+    (server(tls="yes"), 'servers[0].tls: must be true, false or an object, not the string "yes"'),
+    (server(tls=None), "servers[0].tls: must be true, false or an object, not null"),
+    (server(tls={"verify": "no"}), 'servers[0].tls.verify: must be true or false, not the string "no"'),
+    (server(tls={"ca": 1}), "servers[0].tls.ca: must be a string, not the number 1"),
+    (
+        server(tls={"server_name": "https://a"}),
+        'servers[0].tls.server_name: must be a host name or an IP address and nothing else, not "https://a"',
+    ),
+    # who the client is, and what it may do
+    (server(send_proxy="V1"), 'servers[0].send_proxy: must be "", "v1" or "v2", not "V1"; did you mean "v1"?'),
+    (server(send_proxy="3"), 'servers[0].send_proxy: must be "", "v1" or "v2", not "3"'),
+    (server(send_proxy=True), "servers[0].send_proxy: must be a string, not true"),
+    *(
+        row
+        for key in ("trusted_proxies", "proxy_protocol_from", "allow", "deny")
+        for row in [
+            (
+                top(**{key: "10.0.0.0/8"}),
+                f'{key}: must be a list of networks such as ["10.0.0.0/8", "::1"], not the string "10.0.0.0/8"',
+            ),
+            (top(**{key: ["::1", 5]}), f"{key}[1]: must be a string, not the number 5"),
+            (
+                top(**{key: ["10.0.0.1/8"]}),
+                f'{key}[0]: "10.0.0.1/8" is an address within a network; did you mean "10.0.0.0/8"?',
+            ),
+        ]
+    ),
+    (
+        top(allow=["::1", "fe80::1/10"]),
+        'allow[1]: "fe80::1/10" is an address within a network; did you mean "fe80::/10"?',
+    ),
+    *(
+        (top(deny=[wrong]), f'deny[0]: must be a network such as "10.0.0.0/8" or an address, not {json.dumps(wrong)}')
+        for wrong in ("", "*", "localhost", "10.0.0.1/33", "::1/129", "10.0.0", "010.0.0.1", "10.0.0.1-9", "[::1]")
+    ),
+    (top(forwarded=1), "forwarded: must be true or false, not the number 1"),
     # health check
     (top(health_check_url="health"), 'health_check_url: must start with a slash, not "health"'),
     (
@@ -253,6 +364,14 @@ WRONG_VALUES = [
     (top(timeouts=5), "timeouts: must be an object, not the number 5"),
     (top(limits={"head_bytes": 0}), "limits.head_bytes: must be 1024 to 16777216, not 0"),
     (top(limits={"fields": "many"}), 'limits.fields: must be a whole number, not the string "many"'),
+    (top(limits={"body_bytes": -1}), "limits.body_bytes: must be 0 to 1125899906842624, not -1"),
+    (top(limits={"body_bytes": "1M"}), 'limits.body_bytes: must be a whole number, not the string "1M"'),
+    (top(limits={"client_connections": -1}), "limits.client_connections: must be 0 to 1000000, not -1"),
+    (top(limits={"client_rate": -0.5}), "limits.client_rate: must be 0 to 1000000, not -0.5"),
+    (top(limits={"client_rate": float("nan")}), "limits.client_rate: must be 0 to 1000000, not NaN"),
+    (top(limits={"client_rate": True}), "limits.client_rate: must be a number, not true"),
+    (top(limits={"client_burst": 1.5}), "limits.client_burst: must be a whole number, not the number 1.5"),
+    (top(timeouts={"handshake": 0}), "timeouts.handshake: must be 0.001 to 1000000 seconds, not 0"),
     (
         top(log={"level": "warn"}),
         'log.level: must be "debug", "info", "warning" or "error", not "warn"; did you mean "warning"?',
@@ -348,22 +467,34 @@ def mutated(value: Any, chance: random.Random) -> Any:
 
 def test_no_mutation_of_a_good_file_gets_past_or_breaks_the_checks() -> None:
     good = {
-        "servers": [ONE | {"id": 1, "weight": 2, "backup": True, "max_connections": 9, "command": ["a", "{id}"]}, TWO],
+        "servers": [
+            ONE | {"id": 1, "weight": 2, "backup": True, "max_connections": 9, "command": ["a", "{id}"]},
+            TWO | {"tls": {"ca": "ca.pem", "server_name": "b.test", "verify": False}, "send_proxy": "v2"},
+        ],
         "mode": "http",
-        "algorithm": "random",
+        "algorithm": "hash",
+        "hash_on": "query:id",
+        "hash_balance": 1.5,
+        "sticky": {"cookie": "lb", "secret_file": "secret"},
+        "tls": {"certificates": [SITE], "min_version": "1.3", "redirect_from": "[::1]:80"},
+        "trusted_proxies": ["10.0.0.0/8", "::1"],
+        "proxy_protocol_from": ["127.0.0.1"],
+        "allow": ["0.0.0.0/0"],
+        "deny": ["192.0.2.1"],
+        "forwarded": True,
         "retries": 1,
         "listen": {"host": "::1", "port": 0},
         "health_check_url": "/h",
         "health_check": {"interval": 1, "timeout": 1, "rise": 1, "fall": 1, "expect": "2xx", "type": "tcp"},
         "timeouts": {"connect": 1, "queue": 0},
-        "limits": {"connections": 5, "fields": 5},
+        "limits": {"connections": 5, "fields": 5, "body_bytes": 5, "client_rate": 1.5, "client_burst": 3},
         "log": {"file": "", "format": "haproxy", "level": "debug", "slow": 2, "max_bytes": 5000, "backups": 0},
         "admin": {"address": "[::1]:0", "token_file": "token"},
         "scaling": SCALED | {"min": 0, "max": 4, "target_active": 0.5, "idle_stop": 9, "pause": 1, "host": "127.0.0.1"},
     }
     parse(good)
     chance, refusals = random.Random(2), []
-    for _ in range(2000):
+    for _ in range(3000):
         text = json.dumps(mutated(good, chance))
         if chance.random() < 0.3:
             start = chance.randrange(len(text))
@@ -372,7 +503,7 @@ def test_no_mutation_of_a_good_file_gets_past_or_breaks_the_checks() -> None:
             assert configuration.describe(parse(text)).endswith("\n")
         except ConfigError as error:
             refusals.append(str(error))
-    assert 500 < len(refusals) < 2000
+    assert 1000 < len(refusals) < 3000
     assert all(line.startswith("servers.json: ") and line.isprintable() and len(line) < 400 for line in refusals)
 
 
@@ -387,11 +518,13 @@ def test_a_list_of_servers_is_a_whole_configuration() -> None:
         base=Path("/nowhere"),
     )
     assert config.health_check == HealthCheck("/", 2.0, 2.0, 2, 3, ((200, 399),), "http")
-    assert config.timeouts == Timeouts(5, 10, 60, 60, 60, 3600, 5, 0, 0, 30)
-    assert config.limits == Limits(0, 65536, 128, 16384, 1024)
+    assert config.timeouts == Timeouts(5, 10, 10, 60, 60, 60, 3600, 5, 0, 0, 30)
+    assert config.limits == Limits(0, 65536, 128, 16384, 1024, 0, 0, 0.0, 0)
     assert config.log == Log("load_balancer.log", "text", "info", 1.0, 50_000_000, 3)
     assert config.admin == AdminPort("127.0.0.1", 8404, "", asked_for=False)
-    assert config.scaling is None
+    assert (config.scaling, config.sticky, config.tls) == (None, None, None)
+    assert (config.hash_on, config.hash_balance, config.forwarded) == ("", 1.25, False)
+    assert (config.trusted_proxies, config.proxy_protocol_from, config.allow, config.deny) == ((), (), (), ())
     assert (config.host, config.port, config.mode, config.algorithm, config.retries) == (
         "127.0.0.1",
         8080,
@@ -413,15 +546,31 @@ def test_every_key_reaches_its_field(tmp_path: Path) -> None:
                 "backup": True,
                 "max_connections": 5,
                 "command": ["{python}", "-c", "print({'a': 1}, {})", "", "awk '{print $1}'", "{host}:{port}:{id}"],
+                "tls": {"ca": "ca.pem", "server_name": "Web.test", "verify": False},
+                "send_proxy": "v2",
             }
         ],
         "mode": "tcp",
         "algorithm": "mine.py",
+        "hash_on": "header:X-User",
+        "hash_balance": 2,
+        "sticky": {"cookie": "where", "secret_file": "run/secret"},
+        "tls": {
+            "certificates": [{"cert": "a.pem", "key": "/keys/a"}, {"cert": "b.pem", "key": "b.key"}],
+            "min_version": "1.3",
+            "redirect_from": ":80",
+        },
+        "trusted_proxies": ["10.0.0.0/8", "::1"],
+        "proxy_protocol_from": ["10.0.0.1"],
+        "allow": ["2001:DB8:0::/32"],
+        "deny": ["0.0.0.0/0"],
+        "forwarded": True,
         "retries": 0,
         "listen": {"host": "::", "port": 0},
         "health_check": {"path": "/a?b=c", "interval": 1, "timeout": 0.5, "rise": 1, "fall": 4, "expect": "200"},
         "timeouts": {
             "connect": 1,
+            "handshake": 1.5,
             "request_head": 2,
             "client_idle": 3,
             "client": 4,
@@ -432,7 +581,17 @@ def test_every_key_reaches_its_field(tmp_path: Path) -> None:
             "drain_delay": 7,
             "drain": 0.25,
         },
-        "limits": {"connections": 1, "head_bytes": 2048, "fields": 3, "request_line_bytes": 100, "queue": 0},
+        "limits": {
+            "connections": 1,
+            "head_bytes": 2048,
+            "fields": 3,
+            "request_line_bytes": 100,
+            "queue": 0,
+            "body_bytes": 5,
+            "client_connections": 6,
+            "client_rate": 7,
+            "client_burst": 8,
+        },
         "log": {"file": "logs/a.log", "format": "json", "level": "error", "slow": 2, "max_bytes": 1000, "backups": 0},
         "admin": {"address": "[::1]:8405", "token_file": "run/token"},
         "scaling": {
@@ -448,19 +607,33 @@ def test_every_key_reaches_its_field(tmp_path: Path) -> None:
         },
     }
     command = tuple(document["servers"][0]["command"])  # type: ignore[index]
+    encrypted = BackendTls(str(tmp_path / "ca.pem"), "web.test", verify=False)
+    certificates = (
+        Certificate(str(tmp_path / "a.pem"), "/keys/a"),
+        Certificate(str(tmp_path / "b.pem"), str(tmp_path / "b.key")),
+    )
     assert parse(document, tmp_path) == Config(
-        servers=(Server("7", "web_1.test.", 65535, 256, True, 5, command),),
+        servers=(Server("7", "web_1.test.", 65535, 256, True, 5, command, encrypted, "v2"),),
         host="::",
         port=0,
         mode="tcp",
         algorithm=str(tmp_path / "mine.py"),
+        hash_on="header:X-User",
+        hash_balance=2.0,
+        sticky=Sticky("where", str(tmp_path / "run/secret")),
         retries=0,
         health_check=HealthCheck("/a?b=c", 1.0, 0.5, 1, 4, ((200, 200),), "tcp"),
-        timeouts=Timeouts(1, 2, 3, 4, 5, 6, 0, 0, 7, 0.25),
-        limits=Limits(1, 2048, 3, 100, 0),
+        timeouts=Timeouts(1, 1.5, 2, 3, 4, 5, 6, 0, 0, 7, 0.25),
+        limits=Limits(1, 2048, 3, 100, 0, 5, 6, 7.0, 8),
         log=Log(str(tmp_path / "logs/a.log"), "json", "error", 2.0, 1000, 0),
         admin=AdminPort("::1", 8405, str(tmp_path / "run/token"), asked_for=True),
         scaling=Scaling(("app", "{port}"), (1, 65535), 0, 2, 0.5, 60.0, 0.5, 3.0, "apps.test"),
+        tls=Tls(certificates, "1.3", "127.0.0.1:80"),
+        trusted_proxies=("10.0.0.0/8", "::1/128"),
+        proxy_protocol_from=("10.0.0.1/32",),
+        allow=("2001:db8::/32",),
+        deny=("0.0.0.0/0",),
+        forwarded=True,
         source="servers.json",
         base=tmp_path,
     )
@@ -486,6 +659,52 @@ def test_a_token_file_alone_does_not_ask_for_the_operators_port(tmp_path: Path) 
     admin = parse(top(admin={"token_file": "token"}), tmp_path).admin
     assert admin == AdminPort(token_file=str(tmp_path / "token"))
     assert not admin.asked_for
+
+
+@pytest.mark.parametrize(("value", "found"), [(False, None), (True, BackendTls()), ({}, BackendTls())])
+def test_a_backends_tls_is_on_or_off_or_told_in_full(value: object, found: BackendTls | None) -> None:
+    assert parse(server(tls=value)).servers[0].tls == found
+
+
+@pytest.mark.parametrize(("value", "found"), [(False, None), (True, Sticky()), ({}, Sticky())])
+def test_sticky_is_on_or_off_or_told_in_full(value: object, found: Sticky | None) -> None:
+    assert parse(top(sticky=value)).sticky == found
+
+
+@pytest.mark.parametrize("off", [("send_proxy", ""), ("tls", False)])
+def test_what_a_server_may_have_can_be_written_down_as_off(off: tuple[str, object]) -> None:
+    assert parse(server(**dict([off]))) == parse([ONE])
+
+
+@pytest.mark.parametrize(
+    "hash_on", ["", "path", "header:X-User", "header:!#$%&'*+.^_`|~", "cookie:session", "query:id", "query:a[]"]
+)
+def test_what_a_request_is_hashed_on(hash_on: str) -> None:
+    assert parse(top(hash_on=hash_on)).hash_on == hash_on
+
+
+@pytest.mark.parametrize(
+    ("text", "network"),
+    [
+        ("192.0.2.1", "192.0.2.1/32"),
+        ("192.0.2.0/255.255.255.0", "192.0.2.0/24"),
+        ("0.0.0.0/0", "0.0.0.0/0"),
+        ("2001:DB8::0:1", "2001:db8::1/128"),
+        ("::/0", "::/0"),
+    ],
+)
+def test_an_address_is_a_network_of_one(text: str, network: str) -> None:
+    assert parse(top(deny=[text])).deny == (network,)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [("80", "127.0.0.1:80"), (":80", "127.0.0.1:80"), ("[::]:0", "[::]:0"), ("Web.test:80", "web.test:80"), ("", "")],
+)
+def test_redirection_is_from_an_address_or_from_none(text: str, address: str) -> None:
+    config = parse(tls(redirect_from=text))
+    assert config.tls is not None
+    assert config.tls.redirect_from == address
 
 
 @pytest.mark.parametrize("servers", [{}, {"servers": []}])
@@ -687,9 +906,29 @@ def test_the_flag_of_the_operators_port_leaves_its_token_alone() -> None:
         assert configuration.override(config, admin=flag).admin == AdminPort(*place, token_file, asked_for=True)
 
 
+def test_the_flags_of_tls_are_its_only_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = (Certificate(str(tmp_path / "a.pem"), "/keys/a"),)
+    for former, found in [
+        (parse([ONE]), Tls(own)),
+        (parse(tls(min_version="1.3", redirect_from="80")), Tls(own, "1.3", "127.0.0.1:80")),
+    ]:
+        assert configuration.override(former, tls_cert="a.pem", tls_key="/keys/a", port=8443) == replace(
+            former, tls=found, port=8443
+        )
+        assert configuration.override(former, tls_cert=None, tls_key=None) == former
+
+
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
+        ({"tls_cert": "a.pem"}, "--tls-key: is missing; a certificate and its key go together"),
+        ({"tls_key": "a.key", "tls_cert": None}, "--tls-cert: is missing; a certificate and its key go together"),
+        ({"tls_cert": "", "tls_key": "a.key"}, "--tls-cert: must name a file"),
+        (
+            {"tls_cert": "a.pem", "tls_key": "a\n"},
+            '--tls-key: must be at most 4096 printable characters, not "a\\n"',
+        ),
         ({"port": 70000}, "--port: must be 0 to 65535, not 70000"),
         ({"port": "-1"}, "--port: must be 0 to 65535, not -1"),
         ({"port": "http"}, '--port: must be a whole number, not the string "http"'),
@@ -829,6 +1068,59 @@ def test_a_flag_mends_a_clash_of_the_file() -> None:
     configuration.refuse_contradictions(configuration.override(config, port="9000"))
 
 
+# --- what cannot both be --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("document", "line"),
+    [
+        (
+            top(algorithm="hash"),
+            'hash_on: is missing; "hash" goes by something such as "header:X-User", or by "path"',
+        ),
+        *(
+            (top(mode="tcp", **{key: value}), f'{key}: needs to read requests, which mode "tcp" does not; remove it')
+            for key, value in [("hash_on", "path"), ("sticky", True), ("forwarded", True)]
+        ),
+        (
+            top(mode="tcp", algorithm="hash", hash_on="path"),
+            'hash_on: needs to read requests, which mode "tcp" does not; remove it',
+        ),
+        (
+            tls(redirect_from="80") | {"mode": "tcp"},
+            'tls.redirect_from: is for requests, which mode "tcp" does not read; remove it',
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(document: object, line: str) -> None:
+    config = parse(document)
+    with pytest.raises(ConfigError) as caught:
+        configuration.refuse_contradictions(config)
+    assert str(caught.value) == f"servers.json: {line}"
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        top(algorithm="hash", hash_on="path"),
+        top(hash_on="path"),  # at hand for when the policy is changed to it
+        top(sticky=True, forwarded=True),
+        tls(redirect_from="80"),
+        tls() | {"mode": "tcp", "proxy_protocol_from": ["::1"], "deny": ["::2"], "limits": {"client_rate": 1}},
+    ],
+)
+def test_settings_that_go_together_are_not(document: object) -> None:
+    configuration.refuse_contradictions(parse(document))
+
+
+def test_flags_mend_a_contradiction_and_cause_one() -> None:
+    config = parse(top(mode="tcp", sticky=True))
+    configuration.refuse_contradictions(configuration.override(config, mode="http"))
+    config = parse([ONE])
+    with pytest.raises(ConfigError):
+        configuration.refuse_contradictions(configuration.override(config, algorithm="hash"))
+
+
 # --- what --check prints --------------------------------------------------------------------------------------------
 
 
@@ -852,12 +1144,32 @@ backends       2
   1      127.0.0.1:8001  1       -      active  "{python} a.py"
   spare  [::1]:1         1       -      backup  -
 health check   GET /up wants 200-299, 404, every 2 s, timeout 2 s, up after 2, down after 3
-timeouts in s  connect 5, request_head 10, client_idle 60, client 60, server 60, tunnel 3600, \
+timeouts in s  connect 5, handshake 10, request_head 10, client_idle 60, client 60, server 60, tunnel 3600, \
 queue 5, no_backend 0, drain_delay 0, drain 30
 log            load_balancer.log (text, info)
 admin          127.0.0.1:8404
 """
     )
+
+
+def test_describe_tells_of_tls_and_of_who_may_come() -> None:
+    config = parse(
+        tls(certificates=[{"cert": "/a.pem", "key": "/a.key"}, {"cert": "/b.pem", "key": "/b.key"}], redirect_from="80")
+        | {
+            "trusted_proxies": ["10.0.0.0/8", "::1"],
+            "proxy_protocol_from": ["10.0.0.1"],
+            "allow": ["192.0.2.0/24"],
+            "deny": ["192.0.2.7", "192.0.2.8"],
+        }
+    )
+    lines = [" ".join(line.split()) for line in configuration.describe(config).splitlines()]
+    assert {
+        "tls /a.pem, /b.pem; 1.2 or later, plain HTTP is redirected from 127.0.0.1:80",
+        "trusted proxies 10.0.0.0/8, ::1/128",
+        "proxy protocol from 10.0.0.1/32",
+        "allow 192.0.2.0/24",
+        "deny 192.0.2.7/32, 192.0.2.8/32",
+    } < set(lines)
 
 
 def test_describe_of_tcp_mode_without_a_log() -> None:

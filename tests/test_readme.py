@@ -297,6 +297,9 @@ def settings(text: dict[str, Any]) -> Config:
     return replace(config, log=log, admin=replace(config.admin, asked_for=False))
 
 
+SWITCHES = ("sticky", "servers[].tls")  # keys that are true or false, or an object
+
+
 def documented() -> dict[str, str]:
     """Key -> its default as it is printed, "" where it has none."""
     return {code(key)[0]: "".join(code(default)) for key, default, _ in rows("Configuration")}
@@ -315,12 +318,29 @@ def test_each_key_of_the_configuration_is_in_the_table_and_no_other():
     wrong = {"?": 0}
     top = keys("", {"servers": [SERVER], **wrong})
     known = keys("servers[].", {"servers": [{**SERVER, **wrong}]})
+    known |= keys("servers[].tls.", {"servers": [{**SERVER, "tls": wrong}]})
     for name in top:
         if name in documented():
             known.add(name)
-        else:
+        if name not in documented() or name in SWITCHES:
             known |= keys(f"{name}.", {"servers": [SERVER], name: wrong})
     assert set(documented()) == known
+
+
+def test_each_default_of_a_switch_is_what_true_stands_for():
+    for switch in SWITCHES:
+        *path, name = switch.split(".")
+        inner = {
+            key.rpartition(".")[2]: json.loads(default)
+            for key, default in documented().items()
+            if key.startswith(f"{switch}.") and default
+        }
+
+        def document(value: object, name: str = name, path: list[str] = path) -> dict[str, Any]:
+            return {"servers": [{**SERVER, name: value}]} if path else {name: value}
+
+        assert settings(document(inner)) == settings(document(True))  # noqa: FBT003
+        assert settings(document(True)) != settings({})  # noqa: FBT003
 
 
 def test_each_default_in_the_table_is_the_true_one():
@@ -332,6 +352,8 @@ def test_each_default_in_the_table_is_the_true_one():
         *path, name = key.split(".")
         if default in ("", "mode"):
             without.add(key)
+        elif ".".join(path) in (*SWITCHES, "tls"):
+            continue
         elif path == ["servers[]"]:
             server[name] = json.loads(default)
         else:
@@ -339,6 +361,7 @@ def test_each_default_in_the_table_is_the_true_one():
     assert without == {
         "servers", "servers[].id", "servers[].host", "servers[].port", "servers[].command",
         "health_check.type", "health_check_url", "health_check_interval", "scaling.command", "scaling.ports",
+        "tls.certificates", "servers[].tls.server_name",
     }  # fmt: skip
     spelled["scaling"] |= SCALING
     assert settings({**spelled, "servers": [server]}) == settings({"scaling": SCALING})
@@ -352,8 +375,10 @@ def test_the_mistake_that_is_shown_is_told_in_these_words():
 
 
 def test_each_example_of_a_file_is_one():
-    first, *rest = [parse(block, "README.md", Path()) for block in blocks("json")]
+    first, encrypted, *rest = [parse(block, "README.md", Path()) for block in blocks("json")]
     assert [server.id for server in first.servers] == ["blue", "green"]
+    assert encrypted.tls
+    assert rest
     assert all(config.scaling for config in rest)
 
 
