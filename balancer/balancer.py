@@ -128,7 +128,12 @@ class LoadBalancer:
         self.host, self.port = self.listener.address
         self._front.authority = format_address(self.host, self.port).encode()
         self.status = Status(
-            self, self._front, self._journal, can_change=bool(token), scaling=self._scaler.describe
+            self,
+            self._front,
+            self._journal,
+            can_change=bool(token),
+            scaling=self._scaler.describe,
+            warnings=lambda: self._keys.warnings,
         )
         self._watcher = load and Watcher(
             Path(config.source), config, load, self._take_file, self._refuse_file, self._crashed, others=self._key_files

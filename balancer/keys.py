@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import ssl
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,9 +49,15 @@ class Keys:
     @property
     def warnings(self) -> Sequence[str]:
         """Lines for people about what works, and perhaps should not."""
+        ending = self.certificates.expiring(time.time()) if self.certificates else []
         unverified = [server for server in self._config.servers if server.tls and not server.tls.verify]
         return [
             *(self.certificates.warnings if self.certificates else ()),
+            *(
+                f"{expiry.file}: the certificate of {', '.join(expiry.names)} ends on "
+                f"{time.strftime('%Y-%m-%d', time.gmtime(expiry.at))}; have it renewed"
+                for expiry in ending
+            ),
             *(
                 f"backend {server.id} {server.address}: its certificate is NOT verified (tls.verify is false): whoever "
                 "can come between may read and change everything"

@@ -105,7 +105,7 @@ class Status:
     """The figures of a running balancer. From any thread.
 
     `front` and `journal` are the balancer's; `can_change` is whether an operator can change anything; `scaling` tells
-    of the backends that are started by the load. `clock` is a wall clock, `ticks` a monotonic one.
+    of the backends that are started by the load, `warnings` of what is to be looked after. `clock` is a wall clock, `ticks` a monotonic one.
     """
 
     def __init__(
@@ -116,6 +116,7 @@ class Status:
         *,
         can_change: bool = False,
         scaling: Callable[[], dict[str, Any] | None] = lambda: None,
+        warnings: Callable[[], Sequence[str]] = tuple,
         clock: Callable[[], float] = time.time,
         ticks: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -124,6 +125,7 @@ class Status:
         self._journal = journal
         self._can_change = can_change
         self._scaling = scaling
+        self._warnings = warnings
         self._clock = clock
         self._ticks = ticks
         self.started_at = clock()
@@ -183,6 +185,7 @@ class Status:
             "octets_in_per_s": round(lately.octets_in_per_s),
             "octets_out_per_s": round(lately.octets_out_per_s),
             "history": {"step_s": STEP, **_series(lately)},
+            "warnings": list(self._warnings()),
             "scaling": self._scaling(),
             "backends": self.backends(),
         }

@@ -124,6 +124,7 @@ def status() -> dict[str, Any]:
         "log": "load_balancer.log",
         "config_error": None,
         "restart_needed": [],
+        "warnings": [],
         "connections": {"current": 64, "limit": 10_000, "total": 1_822},
         "active": 8,
         "queue": 1,
@@ -530,12 +531,14 @@ def test_what_there_is_none_of_is_not_shown_or_said_so(page, port):
 def test_a_config_error_is_shown_until_it_is_mended(page, port):
     assert not page.shown(".banner")
     line = 'servers.json: servers[0].port: must be 1 to 65535, not "<b>80801</b>"'
-    port.status.update(config_error=line, restart_needed=["listen: 127.0.0.1:8080 to 0.0.0.0:80"])
+    ending = "site.pem: the certificate of site.test ends on 2026-12-01; have it renewed"
+    port.status.update(config_error=line, restart_needed=["listen: 127.0.0.1:8080 to 0.0.0.0:80"], warnings=[ending])
     refresh(page)
     eventually(lambda: page.shown("#config-error"), "the error")
     assert page.text("#config-error") == f"The changed configuration is not in use: {line}"
     assert page.texts("#restart li") == ["listen: 127.0.0.1:8080 to 0.0.0.0:80"]
-    port.status.update(config_error=None, restart_needed=[])
+    assert page.texts("#warnings li") == [ending]
+    port.status.update(config_error=None, restart_needed=[], warnings=[])
     refresh(page)
     eventually(lambda: not page.shown(".banner"), "calm")
 

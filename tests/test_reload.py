@@ -35,6 +35,8 @@ SCALED = (
     "command app --port '{port}', ports 9001-9100, min 1, max 8, target_active 10, idle_stop 300, pause 5, "
     "start_timeout 30, host 127.0.0.1"
 )
+CERTIFICATES = [{"cert": "/a.pem", "key": "/a.key"}]
+TLS = {"certificates": CERTIFICATES}
 
 CHANGES: list[tuple[Config, Config, list[str]]] = [
     (of(ONE, TWO), of(ONE, TWO), []),
@@ -80,6 +82,35 @@ CHANGES: list[tuple[Config, Config, list[str]]] = [
     (of(ONE), of(ONE, scaling=SCALING), [f"added scaling: {SCALED}"]),
     (of(ONE, scaling=SCALING), of(ONE), ["removed scaling"]),
     (of(ONE, scaling=SCALING), of(ONE, scaling=SCALING | {"max": 9}), ["scaling.max 8 -> 9"]),
+    (
+        of(ONE),
+        of(ONE | {"tls": True, "send_proxy": "v2"}),
+        ["backend 1: added tls: ca none, server_name none, verify true", "backend 1: send_proxy none -> v2"],
+    ),
+    (of(ONE | {"tls": True}), of(ONE | {"tls": {"verify": False}}), ["backend 1: tls.verify true -> false"]),
+    (of(ONE | {"tls": True}), of(ONE), ["backend 1: removed tls"]),
+    (of(ONE), of(ONE, sticky=True), ["added sticky: cookie lb, secret_file none"]),
+    (of(ONE, sticky=True), of(ONE, sticky={"cookie": "a"}), ["sticky.cookie lb -> a"]),
+    (of(ONE, sticky=True), of(ONE), ["removed sticky"]),
+    (of(ONE, tls=TLS), of(ONE), ["removed tls"]),
+    (of(ONE), of(ONE, tls=TLS), ["added tls: certificates /a.pem /a.key, min_version 1.2, redirect_from none"]),
+    (
+        of(ONE, tls=TLS),
+        of(ONE, tls={"certificates": [*CERTIFICATES, {"cert": "/b c.pem", "key": "/b.key"}], "min_version": "1.3"}),
+        ["tls.certificates /a.pem /a.key -> /a.pem /a.key '/b c.pem' /b.key", "tls.min_version 1.2 -> 1.3"],
+    ),
+    (
+        of(ONE, algorithm="hash", hash_on="path", allow=["::1", "10.0.0.0/8"]),
+        of(ONE, algorithm="hash", hash_on="query:a", hash_balance=2, allow=["::1"], deny=["::2"], forwarded=True),
+        [
+            "hash_on path -> query:a",
+            "hash_balance 1.25 -> 2",
+            "allow ::1/128 10.0.0.0/8 -> ::1/128",
+            "deny none -> ::2/128",
+            "forwarded false -> true",
+        ],
+    ),
+    (of(ONE), of(ONE, limits={"client_rate": 0.5}), ["limits.client_rate 0 -> 0.5"]),
 ]
 
 
@@ -123,6 +154,28 @@ def test_what_cannot_change_while_running_is_said_to_wait(keys: dict[str, Any], 
     assert difference(applicable(old, new), new) == found, "it is said at each later reload, too"
 
 
+def test_the_port_that_redirects_waits_and_all_else_of_tls_does_not() -> None:
+    plain, encrypted = of(ONE), of(ONE, tls=TLS)
+    redirecting = of(ONE, tls=TLS | {"redirect_from": "127.0.0.1:80"})
+    waits = ("tls.redirect_from none -> 127.0.0.1:80: takes effect at the next start",)
+    assert difference(encrypted, redirecting) == Difference(restart_needed=waits)
+    assert applicable(encrypted, redirecting) == encrypted
+    found = difference(plain, redirecting)
+    assert found.changed == ("added tls: certificates /a.pem /a.key, min_version 1.2, redirect_from none",)
+    assert found.restart_needed == waits
+    assert applicable(plain, redirecting) == encrypted
+
+
+def test_tls_stays_while_there_is_a_port_that_redirects_to_it() -> None:
+    redirecting = of(ONE, tls=TLS | {"redirect_from": "127.0.0.1:80"})
+    assert difference(redirecting, of(ONE)) == Difference(
+        restart_needed=("removed tls: takes effect at the next start",)
+    )
+    assert applicable(redirecting, of(ONE, retries=1)) == replace(redirecting, retries=1)
+    other = of(ONE, tls={"certificates": CERTIFICATES, "min_version": "1.3"})
+    assert difference(redirecting, other).changed == ("tls.min_version 1.2 -> 1.3",)
+
+
 def test_probes_that_are_asked_for_change_even_if_the_mode_must_wait() -> None:
     old, new = of(ONE), of(ONE, mode="tcp", health_check={"type": "tcp", "rise": 1})
     assert difference(old, new).changed == ("health_check.rise 2 -> 1", "health_check.type http -> tcp")
@@ -139,7 +192,7 @@ def test_no_field_of_the_configuration_is_forgotten(tmp_path: Path) -> None:
         assert (applicable(plain, config) == config) is not bool(found.restart_needed), name
         if found.restart_needed:
             waiting.add(name)
-    assert waiting == {"host", "port", "mode", "admin.host", "admin.port", "admin.token_file"}
+    assert waiting == {"host", "port", "mode", "admin.host", "admin.port", "admin.token_file", "tls.redirect_from"}
 
 
 # Noticing it --------------------------------------------------------------------------------------------------------
@@ -156,6 +209,7 @@ class Watch:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.now = 1000.0
+        self.others = (1,)  # what is seen of a certificate
         self.reads = 0
         self.events: list[Config | str] = []
         self.bugs: list[tuple[str, Exception]] = []
@@ -169,6 +223,7 @@ class Watch:
             self.events.append,
             lambda where, error: self.bugs.append((where, error)),
             lambda: self.now,
+            lambda: self.others,
         )
 
     def load(self) -> Config:
@@ -486,6 +541,44 @@ def test_what_the_balancer_wrote_itself_is_not_applied_again(watch: Watch) -> No
     watch.path.write_text(GOOD)
     watch.look()
     assert watch.told() == [config_in(watch.path, GOOD)]
+
+
+def test_another_file_of_the_configuration_that_changes_is_applied_once_it_rests(watch: Watch) -> None:
+    """A certificate was renewed: the configuration is the same, and what it names is not."""
+    watch.others = (2,)
+    watch.look(1)
+    watch.others = (3,)
+    watch.look(1)
+    assert watch.told() == []
+    watch.look(1)
+    assert watch.told() == [config_in(watch.path, GOOD)]
+    watch.look(10)
+    assert watch.told() == []
+
+
+def test_another_file_that_is_of_no_use_is_an_error_told_once_and_over_when_it_is_mended(watch: Watch) -> None:
+    def fail() -> None:
+        raise ConfigError("tls: the key does not match")
+
+    watch.on_apply, watch.others = fail, (2,)
+    watch.look(10)
+    assert watch.told() == ["tls: the key does not match"]
+    watch.others = (3,)  # touched, and still wrong
+    watch.look(10)
+    assert watch.told() == []
+    watch.on_apply, watch.others = (lambda: None), (4,)
+    watch.look()
+    assert watch.told() == [config_in(watch.path, GOOD)]
+    watch.now += RETRY
+    watch.look()
+    assert watch.told() == []
+
+
+def test_both_files_may_change_at_once(watch: Watch) -> None:
+    watch.path.write_text(OTHER)
+    watch.others = (2,)
+    watch.look(10)
+    assert watch.told() == [config_in(watch.path, OTHER)]
 
 
 # The thread ---------------------------------------------------------------------------------------------------------

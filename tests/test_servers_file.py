@@ -38,16 +38,22 @@ EVERYTHING: dict[str, Any] = {
             "backup": True,
             "max_connections": 5,
             "command": ["{python}", "-c", 'print("größe\\n")', "", "awk '{print $1}'"],
+            "tls": {"ca": "ca.pem", "server_name": "web.test", "verify": False},
+            "send_proxy": "v2",
         },
         {"host": "::1", "port": 1},
     ],
     "mode": "tcp",
     "algorithm": "mine.py",
+    "hash_on": "header:X-User",
+    "hash_balance": 1.5,
+    "sticky": {"cookie": "where", "secret_file": "run/secret"},
     "retries": 0,
     "listen": {"host": "::", "port": 0},
     "health_check": {"path": "/a?b=c", "interval": 0.1, "timeout": 0.5, "rise": 1, "fall": 4, "expect": "200,2xx-404"},
     "timeouts": {
         "connect": 1,
+        "handshake": 8,
         "request_head": 2,
         "client_idle": 3,
         "client": 4,
@@ -58,7 +64,17 @@ EVERYTHING: dict[str, Any] = {
         "drain_delay": 7,
         "drain": 0.25,
     },
-    "limits": {"connections": 1, "head_bytes": 2048, "fields": 3, "request_line_bytes": 100, "queue": 0},
+    "limits": {
+        "connections": 1,
+        "head_bytes": 2048,
+        "fields": 3,
+        "request_line_bytes": 100,
+        "queue": 0,
+        "body_bytes": 5,
+        "client_connections": 6,
+        "client_rate": 0.5,
+        "client_burst": 7,
+    },
     "log": {"file": "logs/a.log", "format": "json", "level": "error", "slow": 2, "max_bytes": 1000, "backups": 0},
     "admin": {"address": "[::1]:8405", "token_file": "run/token"},
     "scaling": {
@@ -72,7 +88,18 @@ EVERYTHING: dict[str, Any] = {
         "start_timeout": 3,
         "host": "Apps.test",
     },
+    "tls": {
+        "certificates": [{"cert": "a.pem", "key": "a.key"}, {"cert": "/b.pem", "key": "/b.key"}],
+        "min_version": "1.3",
+        "redirect_from": "[::1]:80",
+    },
+    "trusted_proxies": ["10.0.0.0/8", "::1"],
+    "proxy_protocol_from": ["10.0.0.1"],
+    "allow": ["2001:DB8::/32"],
+    "deny": ["0.0.0.0/0", "192.0.2.7"],
+    "forwarded": True,
 }
+CERTIFICATES = [{"cert": "/a.pem", "key": "/a.key"}]
 
 
 def again(config: Config) -> Config:
@@ -102,6 +129,10 @@ def again(config: Config) -> Config:
         {"servers": [ONE], "log": {"file": "load_balancer.log"}},
         {"servers": [ONE], "log": {"file": "../../über alles.log"}},
         {"servers": [ONE], "timeouts": {"connect": 0.001, "tunnel": 1e6, "server": 0.1 + 0.2}},
+        *({"servers": [ONE], "sticky": sticky} for sticky in (True, False, {}, {"cookie": "a"}, {"secret_file": "b"})),
+        *({"servers": [ONE | {"tls": tls}]} for tls in (True, False, {}, {"verify": False}, {"ca": "ca.pem"})),
+        {"servers": [ONE], "tls": {"certificates": CERTIFICATES}},
+        {"servers": [ONE | {"send_proxy": "v1"}], "hash_on": "cookie:!#$%&'*+.^_`|~", "algorithm": "hash"},
     ],
 )
 def test_a_document_reads_as_the_configuration_it_was_made_of(document: Any, tmp_path: Path) -> None:
@@ -137,6 +168,10 @@ def test_flags_and_addresses_of_the_command_line_are_in_the_document(
 def test_what_is_default_is_left_out() -> None:
     assert servers_file.document(config_of([ONE])) == {"servers": [{"id": "1", **ONE}]}
     assert servers_file.document(config_of({"scaling": SCALING})) == {"servers": [], "scaling": SCALING}
+    encrypted = {"servers": [ONE | {"id": "1", "tls": True}], "tls": {"certificates": CERTIFICATES}, "sticky": True}
+    assert servers_file.document(config_of(encrypted)) == encrypted
+    off = {"servers": [ONE | {"tls": False, "send_proxy": ""}], "sticky": False, "allow": [], "hash_on": ""}
+    assert servers_file.document(config_of(off)) == servers_file.document(config_of([ONE]))
     timeouts = {"servers": [ONE], "timeouts": {"server": 60, "client": 30.0}}
     assert servers_file.document(config_of(timeouts))["timeouts"] == {"client": 30}
 
@@ -156,8 +191,8 @@ def one_by_one(old: Any, new: Any) -> Iterator[tuple[str, Any]]:
         assert was != now, f"{name} is the same in both"
         if is_dataclass(was):
             yield from ((f"{name}.{key}", replace(old, **{name: changed})) for key, changed in one_by_one(was, now))
-        elif name == "servers":
-            yield from ((f"{name}.{key}", replace(old, servers=(one,))) for key, one in one_by_one(was[0], now[0]))
+        elif is_dataclass(was[0] if isinstance(was, tuple) and was else None):
+            yield from ((f"{name}.{key}", replace(old, **{name: (one,)})) for key, one in one_by_one(was[0], now[0]))
         else:
             yield name, replace(old, **{name: now})
 
@@ -165,7 +200,13 @@ def one_by_one(old: Any, new: Any) -> Iterator[tuple[str, Any]]:
 def plain_and_changed(base: Path) -> tuple[Config, Config]:
     """Two configurations that have no field alike."""
     (base / "mine.py").touch()
-    plain = {"servers": [{"host": "a", "port": 9}], "health_check": {"type": "http"}, "scaling": SCALING}
+    plain = {
+        "servers": [{"host": "a", "port": 9, "tls": True}],
+        "health_check": {"type": "http"},
+        "scaling": SCALING,
+        "sticky": True,
+        "tls": {"certificates": CERTIFICATES},
+    }
     changed = EVERYTHING | {"health_check": EVERYTHING["health_check"] | {"type": "tcp"}}
     return config_of(plain | {"admin": {"address": "127.0.0.1:8404"}}, base), config_of(changed, base)
 
@@ -174,7 +215,8 @@ def test_no_field_of_the_configuration_is_forgotten(tmp_path: Path) -> None:
     """A field that `document` or `settings` lacks would be lost by a way through them."""
     plain, changed = plain_and_changed(tmp_path)
     configs = dict(one_by_one(plain, changed))
-    assert {"port", "servers.weight", "health_check.expect", "timeouts.drain_delay", "scaling.max"} < configs.keys()
+    assert {"port", "health_check.expect", "timeouts.drain_delay", "scaling.max", "sticky.cookie"} < configs.keys()
+    assert {"servers.weight", "servers.tls.verify", "tls.min_version", "tls.certificates.key"} < configs.keys()
     for name, config in configs.items():
         assert again(config) == config != plain, name
         assert servers_file.settings(config) != servers_file.settings(plain), name

@@ -158,6 +158,7 @@ def test_the_whole_as_the_api_tells_it(world):
         "responses": {"none": 0, "1xx": 0, "2xx": 0, "3xx": 0, "4xx": 0, "5xx": 0},
         "latency_ms": {"p50": None, "p90": None, "p99": None},
         "history": {"step_s": 5.0, "requests_per_s": [0.0] * POINTS, "errors_per_s": [0.0] * POINTS},
+        "warnings": [],
         "scaling": {"min": 1},
     }
     world.pool.release(leased)
