@@ -59,8 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         return fail(str(error), 1)
     print(f"lb: listening on {balancer.url}")
-    backends = "1 backend" if len(config.servers) == 1 else f"{len(config.servers)} backends"
-    print(f"lb: {backends}, {config.algorithm}, log {config.log.file or 'off'}")
+    print(f"lb: {balancer.strength}, {config.algorithm}, log {config.log.file or 'off'}")
     print(f"lb: status page {balancer.admin_url or 'off'}", flush=True)
     # A request makes no cycles, but the young objects of thousands would be searched for some: 5% of the time.
     gc.freeze()

@@ -149,6 +149,13 @@ class LoadBalancer:
         return f"{scheme}://{format_address(self.host, self.port)}"
 
     @property
+    def strength(self) -> str:
+        """How many backends there are, in words."""
+        count, scaling = len(self.config.servers), self.config.scaling
+        backends = "1 backend" if count == 1 else f"{count} backends"
+        return f"{backends}, {scaling.min} to {scaling.max} instances" if scaling else backends
+
+    @property
     def admin_url(self) -> str:
         """Where the operator's port is; "" where there is none."""
         return f"{self._admin.url}/" if self._admin else ""
@@ -210,7 +217,7 @@ class LoadBalancer:
             raise OSError(f"cannot open the log {self.config.log.file}: {os.strerror(error.errno or 0)}") from None
         config = self.config
         self._journal.event(
-            "info", f"start: {self.url}, {len(config.servers)} backends, {config.algorithm}, from {config.source}"
+            "info", f"start: {self.url}, {self.strength}, {config.algorithm}, from {config.source}"
         )
         self._warn(self._keys)
         if self._no_admin:

@@ -142,6 +142,39 @@ def test_adding_draining_and_removing_through_the_api_costs_no_request(tmp_path,
     assert status["requests_total"] >= 10 * 180, "what those have counted that went is in the sums"
 
 
+def test_the_metrics_agree_with_the_true_counts_of_a_known_load(tmp_path, monkeypatch):
+    """Read by a parser that is not ours; the counts are those of the clients and of the backends' own answers."""
+    parser = pytest.importorskip("prometheus_client.parser", reason="prometheus-client is not installed")
+    with Observed(tmp_path, monkeypatch) as stand:
+        for number in range(90):
+            with closing(http.client.HTTPConnection("127.0.0.1", stand.port, timeout=PATIENCE)) as connection:
+                connection.request("GET", "/status/404" if number % 9 == 0 else "/bytes/1000")
+                answer = connection.getresponse()
+                assert answer.status == (404 if number % 9 == 0 else 200)
+                answer.read()
+        host, port = stand.operator.address.rsplit(":", 1)
+        with closing(http.client.HTTPConnection(host, int(port), timeout=PATIENCE)) as connection:
+            connection.request("GET", "/metrics")
+            text = connection.getresponse().read().decode()
+
+    def total(name: str, **labels: str) -> float:
+        return sum(
+            sample.value
+            for family in parser.text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    assert total("haproxy_frontend_http_requests_total") == 90
+    assert total("haproxy_frontend_connections_total") == 90
+    assert total("haproxy_server_http_responses_total", code="2xx") == 80
+    assert total("haproxy_server_http_responses_total", code="4xx") == 10
+    assert [total("haproxy_server_sessions_total", server=name) for name in "123"] == [30, 30, 30]
+    assert total("lb_request_duration_seconds_count") == 90
+    assert total("haproxy_backend_active_servers") == 3
+    assert total("haproxy_server_status", state="UP") == 3
+
+
 # What the watch on the file brings ----------------------------------------------------------------------------------
 
 
