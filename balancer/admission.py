@@ -28,7 +28,7 @@ class Admission:
         self._rates: Rates | None = None
         if limits.client_rate:
             self._rates = former._rates if former and former._rate == self._rate else Rates(*self._rate)
-        self.looks_at_requests = bool(self.trusted or not self._is_open or self._rates or self._body_bytes)
+        self.looks_at_requests = bool(self.trusted or not self._is_open or self._rates is not None or self._body_bytes)
 
     def counts(self, peer: str) -> bool:
         """Are this one's connections counted? Proxies that are trusted may have any number."""

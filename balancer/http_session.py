@@ -48,7 +48,7 @@ from balancer.http1 import (
 from balancer.proxy_protocol import Address
 from balancer.pump import RESET, End, Flow, relay_body
 from balancer.reactor import NEVER, READ, Reactor
-from balancer.stream import Stream
+from balancer.stream import Stream, TlsTruncated
 from balancer.tunnel import Tunnel
 from balancer.upstream import NONE_AVAILABLE, Attempt, Refusal, Upstream
 
@@ -223,6 +223,8 @@ class HttpSession:
             data = self._sock.recv(RECEIVE, DONTWAIT)
         except BlockingIOError:
             return
+        except TlsTruncated:
+            data = b""  # many clients leave without TLS's goodbye; a request says by itself whether it is whole
         except OSError:
             self._client_lost()
             return
