@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     sys.unraisablehook = report_unraisable
     try:
         # The file that it was, even if one in the working directory has gone and there is another beside lb.py.
-        again = None if flags.backends else partial(configure, flags, Path(config.source))
+        again = partial(configure, flags, Path(config.source))
         balancer = LoadBalancer(config, load=again, token=token)
         balancer.start()
     except OSError as error:

@@ -14,7 +14,7 @@ from typing import TextIO
 from balancer.admin import AdminServer
 from balancer.backend import Backend, Endpoint, literal_endpoints, resolve
 from balancer.certificates import server_name
-from balancer.config import Config, ConfigError, Server, format_address
+from balancer.config import COMMAND_LINE, Config, ConfigError, Server, format_address
 from balancer.control import Control
 from balancer.frontend import Frontend
 from balancer.health import HealthChecker
@@ -135,8 +135,9 @@ class LoadBalancer:
             scaling=self._scaler.describe,
             warnings=lambda: self._keys.warnings,
         )
+        path = None if config.source == COMMAND_LINE else Path(config.source)
         self._watcher = load and Watcher(
-            Path(config.source), config, load, self._take_file, self._refuse_file, self._crashed, others=self._key_files
+            path, config, load, self._take_file, self._refuse_file, self._crashed, others=self._key_files
         )
         on_written = self._watcher.known if self._watcher else lambda config: None
         self._control = Control(self, self.status, self._front.incidents, load, on_written)

@@ -232,7 +232,7 @@ TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 
 
 def hash_on(value: Any, at: Place) -> str:
-    if value and not re.fullmatch(rf"path|query:[!-~]+|(header|cookie):{TOKEN}", string(value, at)):
+    if string(value, at) and not re.fullmatch(rf"path|query:[!-~]+|(header|cookie):{TOKEN}", value):
         raise at.wrong(f'must be "header:NAME", "cookie:NAME", "query:NAME" or "path", not {shown(value)}')
     return str(value)
 

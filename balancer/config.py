@@ -22,6 +22,7 @@ from balancer.checks import format_address as format_address  # noqa: PLC0414 - 
 
 _NO_SERVERS = 'must not be empty; name at least one server, such as {"host": "127.0.0.1", "port": 8001}'
 DEFAULT_FILE = "servers.json"
+COMMAND_LINE = "command line"
 POLICIES = ("round_robin", "least_connections", "random", "ip_hash", "power_of_two", "least_time", "hash")
 LARGEST_FILE = 16 * 1024 * 1024
 
@@ -175,7 +176,7 @@ class Config:
     allow: tuple[str, ...] = ()  # none: everybody
     deny: tuple[str, ...] = ()
     forwarded: bool = False  # is the field of RFC 7239 written, too?
-    source: str = "command line"  # or the file's name
+    source: str = COMMAND_LINE  # or the file's name
     base: Path = Path()  # the directory that relative paths start at
 
 
@@ -404,7 +405,7 @@ def parse(text: str, source: str, base: Path) -> Config:
 
 def from_addresses(addresses: Sequence[str]) -> Config:
     """Backends as `HOST:PORT`, `[IPV6]:PORT`, `:PORT` or `PORT`; their ids are "1", "2"... Raises ConfigError."""
-    source, base = "command line", Path.cwd()
+    source, base = COMMAND_LINE, Path.cwd()
     if not addresses:
         raise ConfigError(f"{source}: {_NO_SERVERS}")
     places = [Place(source, base, checks.shown(address)) for address in addresses]

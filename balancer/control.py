@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from balancer import servers_file
 from balancer.backend import Admin, Backend
-from balancer.config import Config, ConfigError, parse, refuse_contradictions
+from balancer.config import COMMAND_LINE, Config, ConfigError, parse, refuse_contradictions
 from balancer.explain import Incidents
 from balancer.pool import Pool
 from balancer.reload import Difference
@@ -117,7 +117,7 @@ class Control:
     def reload(self, who: str) -> list[str]:
         """Load the file again. Returns what that has changed, in lines."""
         if self._load is None:
-            raise ValueError("there is no file to load: the backends were given on the command line")
+            raise ValueError("there is no file to load")
         with self._lock:
             return list(self._balancer.reconfigure(self._load(), who).lines)
 
@@ -144,7 +144,7 @@ class Control:
 
     def _rewrite(self, **edits: Any) -> None:
         path = self._balancer.wanted.source
-        if self._load is None:
+        if self._load is None or path == COMMAND_LINE:
             raise ValueError("done, but there is no file to write it to: the backends were given on the command line")
         try:
             servers_file.rewrite(Path(path), **edits)

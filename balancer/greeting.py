@@ -54,7 +54,15 @@ class Greeting:
             self._encrypt()
 
     def drain(self) -> None:
-        """It may still become a request, which is answered; the session is told to drain when there is one."""
+        """What has begun may still become a request, which is answered. Who has said nothing is let go, soon."""
+        if not self._begun:
+            self.deadline = self._front.reactor.now + self._front.drain_grace
+            self._front.reactor.timed.add(self)
+
+    @property
+    def _begun(self) -> bool:
+        """Has the client said anything?"""
+        return bool(self._header) or (self._handshake is not None and self._handshake.begun)
 
     def backend_hung(self, backend: Backend) -> None:
         """It has no backend yet."""
@@ -63,7 +71,8 @@ class Greeting:
         self._give_up("KR", "the balancer stops")
 
     def expired(self, now: float) -> None:
-        self._give_up("cR", "no PROXY header came in time")
+        if self._handshake is None or not self._begun:  # else it is the handshake that has a deadline
+            self._give_up("cR", "no PROXY header came in time")
 
     def crashed(self, error: Exception) -> None:
         self._give_up("IR", "an error within the balancer")
@@ -106,13 +115,14 @@ class Greeting:
         )
 
     def _not_encrypted(self, reason: str) -> None:
+        begun = self._begun and reason != UNUSED
         self._handshake = None
         refusal = self._front.make_refusal
         if reason == HTTP and refusal is not None:
             self._make_session = refusal
             self._hand_over(self._sock)
         else:
-            self._give_up("CR" if reason == UNUSED else "PR", f"TLS: {reason}")
+            self._give_up("PR" if begun else "CR", f"TLS: {reason}")
 
     def _hand_over(self, stream: Stream) -> None:
         self._ended = True
@@ -128,11 +138,13 @@ class Greeting:
         self._ended = True
         front = self._front
         front.reactor.timed.discard(self)
-        if self._handshake is not None:
-            self._handshake.cancel()
-        elif self._sock.fileno() in front.reactor.handlers:
-            front.reactor.remove(self._sock.fileno())
-        self._sock.close()
+        handshake, self._handshake = self._handshake, None
+        if handshake is not None:
+            handshake.cancel()  # which closes it, when the thread that computes has let go of it
+        else:
+            if self._sock.fileno() in front.reactor.handlers:
+                front.reactor.remove(self._sock.fileno())
+            self._sock.close()
         if self._header or code == "PR":
             record = (
                 time.time(),

@@ -37,8 +37,9 @@ class Keys:
                 self.certificates = Certificates(config.tls, http=config.mode == "http")
             except BadCertificate as error:
                 raise ConfigError(f"{config.source}: tls: {error}") from None
+        self._made_up: bytes = former._made_up if former is not None else secrets.token_bytes(32)
+        self.sticky = self._make_sticky()
         same = former is not None and former._state == self._state
-        self.sticky = self._make_sticky(former if same else None)
         self._contexts = {tls: self._make_context(tls, former if same else None) for tls in settings}
 
     @property
@@ -77,21 +78,19 @@ class Keys:
     def _certificates_changed(self) -> bool:
         return self.certificates is not None and self.certificates.changed()
 
-    def _make_sticky(self, former: Keys | None) -> Sticky | None:
-        settings, secure = self._config.sticky, self._config.tls is not None
+    def _make_sticky(self) -> Sticky | None:
+        settings = self._config.sticky
         if settings is None:
             return None
-        if former is not None and (former._config.sticky, former._config.tls is not None) == (settings, secure):
-            return former.sticky
         place = f"{self._config.source}: sticky"
-        secret = secrets.token_bytes(32)
+        secret = self._made_up
         if settings.secret_file:
             try:
                 secret = Path(settings.secret_file).read_bytes().strip()
             except OSError as error:
                 raise ConfigError(f"{place}.secret_file: {settings.secret_file}: {error.strerror}") from None
         try:
-            return Sticky(settings.cookie, secret, secure=secure)
+            return Sticky(settings.cookie, secret, secure=self._config.tls is not None)
         except ValueError as error:
             raise ConfigError(f"{place}: {error}") from None
 

@@ -161,6 +161,8 @@ def _state(path: Path) -> _State:
 class Watcher:
     """Looks whether a file has changed, and has it applied or refused. `start` and `stop`; or `look`, round by round.
 
+    Without a path only `others` and `notice_now` bring something to do.
+
     `load` reads it, with all that the command line adds, and raises ConfigError; `running` is what it gave before the
     watch began. `apply` is given each configuration that is another than the last, or comes after an error or from
     `notice_now`; it may raise ConfigError or OSError, which is then an error like those of `load`. `refuse` is given
@@ -170,7 +172,7 @@ class Watcher:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | None,
         running: Config,
         load: Callable[[], Config],
         apply: Callable[[Config], object],
@@ -222,7 +224,7 @@ class Watcher:
     def look(self) -> None:
         """One look at the file, and all that follows from it."""
         now, others = self._clock(), self._others()
-        state = _state(self._path), others
+        state = self._file_state(), others
         if state != self._seen:
             self._seen, self._seen_at = state, now
             return
@@ -237,7 +239,7 @@ class Watcher:
             config = self._load()
         except ConfigError as refused:
             error = str(refused)
-        if _state(self._path) != state[0]:  # it was written while it was read
+        if self._file_state() != state[0]:  # it was written while it was read
             self._asked |= asked
             return
         renewed = others != self._read[1]
@@ -251,6 +253,9 @@ class Watcher:
         if error and (asked or error != self._error):
             self._error = error
             self._refuse(error)
+
+    def _file_state(self) -> _State:
+        return _state(self._path) if self._path else (0,)
 
     def _run(self) -> None:
         while not self._stopping:

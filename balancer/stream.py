@@ -48,6 +48,7 @@ LEAST = RECORD + 512  # octets of ciphertext asked for at once: any record, howe
 GULP = MOST + (MOST >> 4)  # octets of ciphertext asked for at once: what MOST octets become, and to spare
 MOST_DUE = 2 * MOST  # octets that may be due: a peer that asks for key updates and does not read makes them more
 FLIGHT = 16384  # octets of a handshake taken at once
+MANNERS = 1.0  # seconds that a client may keep us waiting within its handshake while others wait for room
 FLUSH = 60.0  # seconds that a connection which was closed may take to pass on what is due
 RETRY = 0.2  # seconds until a duplicate descriptor is tried again, when none could be had
 
@@ -343,9 +344,6 @@ class TlsStream:
                 if not self._sending:
                     self._finish()
                     return
-        elif how == socket.SHUT_RDWR:
-            with self._lock:
-                self._silence()
         self._sock.shutdown(how)
 
     def _finish(self) -> None:
@@ -414,7 +412,7 @@ class TlsStream:
             return  # `close` has seen to it
         reactor.timed.discard(self)
         with self._lock:
-            if self._sending or not self._due:
+            if not self._due:  # it went out already, or a thread that waits in `send` has it
                 self._armed = False
                 return
         fd = -1
@@ -520,6 +518,7 @@ class Handshake:
         "_unsent",
         "_watched",
         "admitted",
+        "begun",
         "deadline",
         "server_side",
     )
@@ -541,6 +540,7 @@ class Handshake:
         self._make = make
         self.server_side = server_side
         self.admitted = False  # is it one of those that may be under way at once?
+        self.begun = False  # has anything been said?
         self._first = first
         self._timeout = timeout
         self._on_done = on_done
@@ -576,6 +576,14 @@ class Handshake:
         """The reactor and the workers have ended."""
         self._over = True
         self._sock.close()
+
+    @property
+    def stepping(self) -> bool:
+        """Is it with a worker, and not with its client?"""
+        return self._stepping
+
+    def give_way(self) -> None:
+        self._fail("not complete, and others wait")
 
     def expired(self, now: float) -> None:
         if not self._stepping:  # else `stepped` looks at the clock
@@ -709,15 +717,16 @@ class Handshaker:
         self._threads: list[threading.Thread] = []
         self._steps: queue.SimpleQueue[Handshake | None] = queue.SimpleQueue()
         self._handshakes: set[Handshake] = set()  # all, until their sockets are somebody else's or closed
-        self._admitted = 0
         self._waiting: dict[Handshake, None] = {}  # in order, for want of room
+        self._under_way: dict[Handshake, float] = {}  # with clients, and since when, in that order
+        self.deadline = NEVER  # when those that wait may look for room again
         self._lingering: set[TlsStream] = set()
         self._settled = threading.Event()  # none is lingering
         self._settled.set()
 
     def __repr__(self) -> str:
         return (
-            f"<Handshaker {len(self._handshakes)} in hand, {self._admitted} of {self._most} admitted, "
+            f"<Handshaker {len(self._handshakes)} in hand, {len(self._under_way)} of {self._most} admitted, "
             f"{len(self._waiting)} waiting, {len(self._lingering)} lingering>"
         )
 
@@ -769,11 +778,14 @@ class Handshaker:
 
     def admit(self, handshake: Handshake) -> None:
         """Let a handshake go on: at once, or when there is room for it."""
+        handshake.begun = True
         if handshake.server_side and not handshake.admitted:
-            if self._admitted >= self._most:
+            if len(self._under_way) >= self._most and not self._make_room():
                 self._waiting[handshake] = None
+                self.deadline = self.reactor.now + MANNERS
+                self.reactor.timed.add(self)
                 return
-            self._admitted += 1
+            self._under_way[handshake] = self.reactor.now
             handshake.admitted = True
         while len(self._threads) < self._number:
             thread = threading.Thread(target=self._work, name=f"tls-{len(self._threads) + 1}")
@@ -786,11 +798,35 @@ class Handshaker:
         self._waiting.pop(handshake, None)
         if handshake.admitted:
             handshake.admitted = False
-            self._admitted -= 1
-            if self._waiting:
-                following = next(iter(self._waiting))
-                del self._waiting[following]
-                self.admit(following)
+            del self._under_way[handshake]
+            self._admit_next()
+        if not self._waiting:
+            self.reactor.timed.discard(self)
+
+    def expired(self, now: float) -> None:
+        """Some wait for room, and some of those that have it may have had it long enough."""
+        self.reactor.timed.discard(self)
+        for _ in range(len(self._waiting)):
+            self._admit_next()
+
+    def crashed(self, error: Exception) -> None:
+        """Those that wait have deadlines of their own."""
+
+    def _admit_next(self) -> None:
+        if self._waiting:
+            following = next(iter(self._waiting))
+            del self._waiting[following]
+            self.admit(following)
+
+    def _make_room(self) -> bool:
+        """End the handshake whose client has kept us waiting the longest, if that is long. False when there is none."""
+        for handshake, since in self._under_way.items():
+            if self.reactor.now - since < MANNERS:
+                return False
+            if not handshake.stepping:
+                handshake.give_way()
+                return len(self._under_way) < self._most
+        return False
 
     def lingers(self, stream: TlsStream) -> None:
         self._lingering.add(stream)

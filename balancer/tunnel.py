@@ -135,6 +135,8 @@ class Tunnel:
             self._note(code)
         elif end is End.SOURCE_LOST:
             _reset_at_close(broken.flow.sink)
+            if not isinstance(broken.flow.source, socket.socket):
+                _reset_at_close(broken.flow.source)  # or it would be told by TLS's goodbye that it has heard all
             self._break_off(code, socket.SHUT_RD)  # both would send the end of the stream, ahead of the reset
         else:
             self._break_off(code)
