@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         Keys(config)  # for what may be wrong with its files
         if flags.check or flags.diff:
             return check(config, flags.diff)
-        if flags.explain:
+        if flags.explain is not None:
             return explain(config, flags.explain)
     except ConfigError as error:
         return fail(str(error), 2)

@@ -14,6 +14,7 @@ changed under that pool's lock only. `idle`, `answers`, `average` and most of `t
 from __future__ import annotations
 
 import enum
+import errno
 import math
 import socket
 import ssl
@@ -59,6 +60,7 @@ class Backend:
         "changed_at",
         "check",
         "endpoints",
+        "epoch",
         "failures",
         "healthy",
         "host",
@@ -82,6 +84,8 @@ class Backend:
         self.host = server.host
         self.port = server.port
         self.address = server.address
+        self.epoch = 0  # of its settings: a connection of an earlier one is not used again
+        self.send_proxy = ""
         self.tls_context: ssl.SSLContext | None = None  # None: it is spoken to in the clear
         self.server_name = ""  # that its certificate must have
         self.configure(server)
@@ -111,7 +115,9 @@ class Backend:
         self.weight = server.weight
         self.backup = server.backup
         self.max_connections = server.max_connections
-        self.send_proxy = server.send_proxy
+        if server.send_proxy != self.send_proxy:
+            self.send_proxy = server.send_proxy
+            self.epoch += 1
 
     def __repr__(self) -> str:
         kind = "backup" if self.backup else "backend"
@@ -170,13 +176,13 @@ class Backend:
 
 
 class TlsFailure(OSError):
-    """The connection is there, and TLS is not; its text says why."""
+    """The connection is there, and TLS is not; its strerror says why. ETIMEDOUT where nothing came in time."""
 
 
 def connect_failure(error: OSError) -> str:
     """Why there is no connection: "L4CON refused", "L4CON no route to host", "L4TOUT", "L6RSP no TLS"."""
     if isinstance(error, TlsFailure):
-        return f"L6RSP {error}"
+        return "L6TOUT" if error.errno == errno.ETIMEDOUT else f"L6RSP {error.strerror}"
     if isinstance(error, TimeoutError):
         return "L4TOUT"
     return "L4CON refused" if isinstance(error, ConnectionRefusedError) else f"L4CON {in_words(error)}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from balancer.admin import AdminServer
+from balancer.admission import Admission
 from balancer.backend import Backend, Endpoint, literal_endpoints, resolve
 from balancer.certificates import server_name
 from balancer.config import COMMAND_LINE, Config, ConfigError, Server, format_address
@@ -110,8 +111,8 @@ class LoadBalancer:
             self._listeners.append(also)
             front = self._make_front(also)
             front.redirects_to = b"" if self.listener.address[1] == 443 else b":%d" % self.listener.address[1]
-            front.configure(config)
-        self._use_keys(self._keys)
+            front.incidents, front.tally = self._front.incidents, self._front.tally
+        self._follow_config(config, self._keys, self._front.admission)
         self._supervisor = Supervisor(config.servers, config.base, self._journal)
         self._instances: Sequence[Server] = ()  # backends that are started by the load
         self._scaler = Scaler(
@@ -126,7 +127,9 @@ class LoadBalancer:
         self._scaler.configure(config.scaling, config.servers, config.timeouts.drain)
         self.upstreams.worth_waiting = self._worth_waiting
         self.host, self.port = self.listener.address
-        self._front.authority = format_address(self.host, self.port).encode()
+        for listener in self._listeners:
+            assert listener.front is not None
+            listener.front.authority = format_address(self.host, self.port).encode()
         self.status = Status(
             self,
             self._front,
@@ -137,10 +140,17 @@ class LoadBalancer:
         )
         path = None if config.source == COMMAND_LINE else Path(config.source)
         self._watcher = load and Watcher(
-            path, config, load, self._take_file, self._refuse_file, self._crashed, others=self._key_files
+            path,
+            config,
+            load,
+            self._take_file,
+            self._refuse_file,
+            self._crashed,
+            others=self._key_files,
+            renew=self._renew,
         )
-        on_written = self._watcher.known if self._watcher else lambda config: None
-        self._control = Control(self, self.status, self._front.incidents, load, on_written)
+        on_known = self._watcher.known if self._watcher else lambda config, before=None: None
+        self._control = Control(self, self.status, self._front.incidents, load, on_known)
         self._no_admin = ""  # why there is no operator's port
         self._admin = self._make_admin(config, token)
 
@@ -289,15 +299,18 @@ class LoadBalancer:
         """What the configuration says and only the next start can bring about, in lines."""
         return difference(self.config, self.wanted).restart_needed
 
-    def reconfigure(self, config: Config, who: str) -> Difference:
+    def reconfigure(self, change: Config | Callable[[Config], Config], who: str) -> Difference:
         """Swap in another configuration, for whatever begins from here on; nothing that is open is disturbed.
 
-        Returns what is different. Raises ConfigError where that cannot be done, and then all is as it was.
+        `change` may be a function of the configuration that is wanted until then. Returns what is different. Raises
+        ConfigError where that cannot be done, and then all is as it was.
         """
         with self._changing:
+            config = change(self.wanted) if callable(change) else change
             found = difference(self.wanted, config)
             wanted, config = config, applicable(self.config, config)
             keys = Keys(config, self._keys)
+            admission = Admission(config, self._front.admission)
             try:
                 same = (config.algorithm, config.hash_balance) == (self.config.algorithm, self.config.hash_balance)
                 picker = None if same else self._make_picker(config)
@@ -316,10 +329,9 @@ class LoadBalancer:
                 self._journal.event("warning", f"{who}: {line}")
             self.pool.configure(picker=picker, rise=config.health_check.rise, fall=config.health_check.fall)
             self._set_backends()
-            self.reactor.call_soon(self._use_keys, keys)
             self._warn(keys)
             self._scaler.configure(config.scaling, config.servers, config.timeouts.drain)
-            self.reactor.call_soon(self._follow_config, config)
+            self.reactor.call_soon(self._follow_config, config, keys, admission)
             return found
 
     def look_at_file(self) -> None:
@@ -334,12 +346,20 @@ class LoadBalancer:
     def _key_files(self) -> tuple[object, ...]:
         return self._keys.state()
 
+    def _renew(self) -> None:
+        """A file that belongs to the configuration has changed, or an error is over; nothing else has changed."""
+        self.reconfigure(lambda wanted: wanted, self.wanted.source)
+        self._forget_error()
+
     def _take_file(self, config: Config) -> None:
-        """The file has another content, or is right again."""
+        """The file has another content."""
         self.reconfigure(config, config.source)
+        self._forget_error()
+
+    def _forget_error(self) -> None:
         if self.config_error is not None:
             self.config_error = None
-            self._journal.event("info", f"{config.source}: is right again")
+            self._journal.event("info", f"{self.wanted.source}: is right again")
 
     def _refuse_file(self, text: str) -> None:
         self.config_error = text
@@ -363,10 +383,10 @@ class LoadBalancer:
         self._health.configure(config.health_check)
         self._supervise()
         self.status.backend_changed()
+        self.reactor.call_soon(self._find_sticks)
 
     def _make_backend(self, server: Server) -> Backend:
-        limits = self.config.limits
-        backend = Backend(server, HeadLimits(limits.head_bytes, limits.request_line_bytes, limits.fields))
+        backend = Backend(server, _head_limits(self.config))
         self._encrypt(backend, server)
         return backend
 
@@ -377,6 +397,7 @@ class LoadBalancer:
         if (context, name) == (backend.tls_context, backend.server_name):
             return False
         backend.tls_context, backend.server_name = context, name
+        backend.epoch += 1
         return True
 
     def _resolve(self, host: str, port: int) -> tuple[Endpoint, ...]:
@@ -389,31 +410,33 @@ class LoadBalancer:
 
         return make_picker(config.algorithm, config.base, report, hash_balance=config.hash_balance)
 
-    def _use_keys(self, keys: Keys) -> None:
-        """Connections that begin from here on are encrypted by these, and cookies signed."""
-        front = self._front
-        front.tls_context = keys.context
-        front.sticky = keys.sticky
-        front.sticks = {keys.sticky.value(one): one for one in self.pool.backends} if keys.sticky else {}
-        front.configure(self.config)
-
     def _warn(self, keys: Keys) -> None:
         for warning in keys.warnings:
             self._journal.event("warning", warning)
 
-    def _follow_config(self, config: Config) -> None:
+    def _follow_config(self, config: Config, keys: Keys, admission: Admission) -> None:
         """The reactor's part of a change."""
-        front, upstreams = self._front, self.upstreams
-        if config.limits != front.limits:
-            front.configure(config)
+        if config.limits != self._front.limits:
             for backend in self.pool.backends:
-                backend.answers = AnswerReader(front.head_limits)
-        else:
-            front.configure(config)
+                backend.answers = AnswerReader(_head_limits(config))
+        self._front.tls_context = keys.context
+        self._front.sticky = keys.sticky
+        self._find_sticks()
+        upstreams = self.upstreams
         upstreams.timeouts, upstreams.limits, upstreams.retries = config.timeouts, config.limits, config.retries
         self.reactor.tick = _tick(config)
-        self.listener.allow(_most_connections(config))
+        for listener in self._listeners:
+            assert listener.front is not None
+            listener.front.configure(config, admission)
+            listener.allow(_most_connections(config))
+            for session in listener.sessions:
+                session.configured()
         upstreams.serve_waiting()
+
+    def _find_sticks(self) -> None:
+        """Which backend each cookie stands for, on the reactor's thread."""
+        sticky = self._front.sticky
+        self._front.sticks = {sticky.value(backend): backend for backend in self.pool.backends} if sticky else {}
 
     def _backend_left(self, backend: Backend) -> None:
         """The last that it had in hand has ended, on whichever thread that was."""
@@ -502,6 +525,11 @@ def _tick(config: Config) -> float:
     """How late a deadline may be noticed: a tenth of the shortest timeout, within reason."""
     seconds: list[float] = [value for value in vars(config.timeouts).values() if value]
     return min(0.5, max(0.02, min(seconds) / 10))
+
+
+def _head_limits(config: Config) -> HeadLimits:
+    limits = config.limits
+    return HeadLimits(limits.head_bytes, limits.request_line_bytes, limits.fields)
 
 
 def _most_connections(config: Config) -> int:

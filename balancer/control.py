@@ -36,7 +36,7 @@ class Balancer(Protocol):
     draining: bool
     pool: Pool
 
-    def reconfigure(self, config: Config, who: str) -> Difference: ...
+    def reconfigure(self, change: Config | Callable[[Config], Config], who: str) -> Difference: ...
 
 
 class Control:
@@ -52,12 +52,12 @@ class Control:
         status: Status,
         incidents: Incidents,
         load: Callable[[], Config] | None,
-        on_written: Callable[[Config], None],
+        on_known: Callable[[Config, Config | None], None],
     ) -> None:
         self._balancer = balancer
         self._incidents = incidents
         self._load = load
-        self._on_written = on_written  # the file says this by our own hand
+        self._on_known = on_known  # the file is known to say this, and what it said before
         self._lock = threading.Lock()  # one command at a time: each begins with what the last has left
         self.status = status
 
@@ -81,10 +81,10 @@ class Control:
             if key not in KEYS:
                 raise ConfigError(f"{SOURCE}: {key}: is no key of a backend to add; these are {', '.join(KEYS)}")
         with self._lock:
-            servers = self.document().get("servers", [])
-            taken = {server["id"] for server in servers} | {backend.id for backend in self._balancer.pool.backends}
+            taken = {server["id"] for server in self.document()["servers"]}
+            taken |= {backend.id for backend in self._balancer.pool.backends}
             entry = {"id": next(id for id in map(str, count(1)) if id not in taken), **entry}
-            self._reconfigure([*servers, entry], who)
+            self._reconfigure(lambda servers: [*servers, entry], who)
             if persist:
                 self._rewrite(add=[entry])
         return next(one for one in self._balancer.pool.backends if one.id == str(entry["id"]))
@@ -92,8 +92,8 @@ class Control:
     def remove(self, backend_id: str, who: str, persist: bool) -> None:
         """Take a backend out; what it has in hand is ended first."""
         with self._lock:
-            servers = self._configured(backend_id)
-            self._reconfigure([server for server in servers if server["id"] != backend_id], who)
+            self._must_be_configured(backend_id)
+            self._reconfigure(lambda servers: [one for one in servers if one["id"] != backend_id], who)
             if persist:
                 self._rewrite(remove=[backend_id])
 
@@ -107,8 +107,10 @@ class Control:
         with self._lock:
             backend = self._find(backend_id)
             if settings:
-                servers = self._configured(backend_id)
-                self._reconfigure([{**one, **settings} if one["id"] == backend_id else one for one in servers], who)
+                self._must_be_configured(backend_id)
+                self._reconfigure(
+                    lambda servers: [{**one, **settings} if one["id"] == backend_id else one for one in servers], who
+                )
             if admin is not None:
                 self._balancer.pool.set_admin(backend, admin, who)
             if settings and persist:
@@ -119,7 +121,10 @@ class Control:
         if self._load is None:
             raise ValueError("there is no file to load")
         with self._lock:
-            return list(self._balancer.reconfigure(self._load(), who).lines)
+            config = self._load()
+            lines = list(self._balancer.reconfigure(config, who).lines)
+            self._on_known(config, None)
+            return lines
 
     def _find(self, backend_id: str) -> Backend:
         for backend in self._balancer.pool.backends:
@@ -127,28 +132,31 @@ class Control:
                 return backend
         raise KeyError(backend_id)
 
-    def _configured(self, backend_id: str) -> list[dict[str, Any]]:
-        """The entries of the configuration, among which this backend's is."""
+    def _must_be_configured(self, backend_id: str) -> None:
         backend = self._find(backend_id)
         if backend.scaled:
             raise ValueError(f"backend {backend_id} was started by the load, and is stopped by it; see scaling")
-        servers: list[dict[str, Any]] = self.document().get("servers", [])
-        return servers
 
-    def _reconfigure(self, servers: list[dict[str, Any]], who: str) -> None:
-        config = self._balancer.wanted
-        document = {**self.document(), "servers": servers}
-        config = replace(config, servers=parse(json.dumps(document), SOURCE, config.base).servers)
-        refuse_contradictions(config)
-        self._balancer.reconfigure(config, who)
+    def _reconfigure(self, edit: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], who: str) -> None:
+        """Have the entries of the configuration edited, whatever that is by then."""
+
+        def changed(config: Config) -> Config:
+            document = servers_file.document(config)
+            document["servers"] = edit(document["servers"])
+            config = replace(config, servers=parse(json.dumps(document), SOURCE, config.base).servers)
+            refuse_contradictions(config)
+            return config
+
+        self._balancer.reconfigure(changed, who)
 
     def _rewrite(self, **edits: Any) -> None:
         path = self._balancer.wanted.source
         if self._load is None or path == COMMAND_LINE:
             raise ValueError("done, but there is no file to write it to: the backends were given on the command line")
         try:
+            before = self._load()
             servers_file.rewrite(Path(path), **edits)
-            self._on_written(self._load())
+            self._on_known(self._load(), before)
         except KeyError as error:
             raise ValueError(f"done, but {path} has no backend {error.args[0]}, so it was not written there") from None
         except (ConfigError, OSError) as error:

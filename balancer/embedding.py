@@ -23,10 +23,12 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from balancer import balancer
+from balancer.admission import Admission
 from balancer.backend import Backend, Endpoint
 from balancer.config import Config, from_addresses, parse
 from balancer.diversion import Delaying, Diversion, Refusing
 from balancer.journal import Exchange
+from balancer.keys import Keys
 from balancer.servers_file import document
 
 REMEMBERED = 100_000  # requests in `requests`
@@ -54,11 +56,10 @@ class LoadBalancer(balancer.LoadBalancer):
     def __init__(
         self, servers: Sequence[str | Mapping[str, Any]], *, host: str = LOCALHOST, port: int = 0, **keys: Any
     ) -> None:
-        super().__init__(_config(servers, {"host": host, "port": port}, keys))
         self._served: deque[Exchange] = deque(maxlen=REMEMBERED)
         self._serving = False
         self._diversions: dict[str, Diversion] = {}  # by the backend's address
-        self._listen_in()
+        super().__init__(_config(servers, {"host": host, "port": port}, keys))
 
     def __enter__(self) -> LoadBalancer:
         self.start()
@@ -74,6 +75,8 @@ class LoadBalancer(balancer.LoadBalancer):
         self._serving = True
 
     def close(self) -> int:
+        if not self._serving:
+            return 0  # it was stopped before
         self._serving = False
         cut = super().close()
         for diversion in self._diversions.values():
@@ -137,8 +140,8 @@ class LoadBalancer(balancer.LoadBalancer):
                 return (self._diversions[backend.address].endpoint,)
         return super()._resolve(host, port)
 
-    def _follow_config(self, config: Config) -> None:
-        super()._follow_config(config)
+    def _follow_config(self, config: Config, keys: Keys, admission: Admission) -> None:
+        super()._follow_config(config, keys, admission)
         self._listen_in()
 
     def _listen_in(self) -> None:

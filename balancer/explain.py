@@ -10,6 +10,7 @@ requests) pushes out no other.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
@@ -228,7 +229,12 @@ def as_text(found: dict[str, Any]) -> str:
     if not found["steps"]:
         lines.append("  the backends at its end:")
         lines.extend(_standing_lines(found["backends"]))
-    return "\n".join(lines) + "\n"
+    return "".join(f"{_printable(line)}\n" for line in lines)
+
+
+def _printable(line: str) -> str:
+    """Nothing that a client wrote may steer a terminal, or begin a line."""
+    return re.sub(r"[^ -~]", lambda match: f"\\x{ord(match[0]):02x}", line)
 
 
 def _standing_lines(backends: Sequence[dict[str, Any]]) -> list[str]:

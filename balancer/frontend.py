@@ -10,7 +10,7 @@ from typing import Protocol
 
 from balancer.admission import Admission
 from balancer.backend import Backend
-from balancer.clients import Networks, plain_address
+from balancer.clients import plain_address
 from balancer.config import Config
 from balancer.explain import Incident, Incidents, Trail
 from balancer.http1 import HeadLimits, KnownFields
@@ -43,6 +43,9 @@ class Session(Timed, Protocol):
 
     def drain(self) -> None:
         """End after what is in hand; at once if nothing is."""
+
+    def configured(self) -> None:
+        """The settings are others from here on."""
 
     def backend_hung(self, backend: Backend) -> None:
         """A backend was taken out because it says nothing any more."""
@@ -82,27 +85,27 @@ class Frontend:
         self._journal = journal
         self.sessions = sessions  # all of the listener's
         self.on_closed = on_closed
-        self.known_fields: KnownFields = {}
         self.tally = Tally()  # of what no backend had to do with
         self.incidents = Incidents()
-        self.admission = Admission(config)
-        self.configure(config)
+        self.configure(config, Admission(config))
         self.authority = b""  # host:port as the listener has it, for clients that name no host
         self.draining = False
         self.drain_grace = DRAIN_GRACE
         self._id_prefix = secrets.token_hex(4)
         self._ids = count(1)
 
-    def configure(self, config: Config) -> None:
-        """Go by these settings from the next request on; a connection keeps the limits of heads it began with."""
+    def configure(self, config: Config, admission: Admission) -> None:
+        """Go by these settings from the next request on, once the sessions were told to."""
         self.timeouts = config.timeouts
         self.limits = config.limits
         limits = config.limits
         self.head_limits = HeadLimits(limits.head_bytes, limits.request_line_bytes, limits.fields)
-        self.admission = Admission(config, self.admission)
-        self.proxied = Networks(config.proxy_protocol_from)
+        self.known_fields: KnownFields = {}  # what they say depends on the limits
+        admission.begin()
+        self.admission = admission
+        self.proxied = admission.proxied
         self.forwarded = config.forwarded
-        self.guarded = self.admission.looks_at_requests or self.redirects_to is not None
+        self.guarded = admission.looks_at_requests or self.redirects_to is not None
         self.hash_on = config.hash_on if config.algorithm == "hash" else ""
         self.keyed = bool(self.hash_on) or self.sticky is not None
         self.policy = config.algorithm

@@ -42,10 +42,13 @@ class Greeting:
         self._header = b""  # the beginning of one
         self._handshake: Handshake | None = None
         self._ended = False
+        self._counted = False  # among the connections of its client
         self.deadline = NEVER
 
     def start(self) -> None:
         front = self._front
+        if not self._let_in():
+            return
         if self._address[0] in front.proxied:
             self.deadline = front.reactor.now + front.timeouts.handshake
             front.reactor.timed.add(self)
@@ -64,6 +67,9 @@ class Greeting:
         """Has the client said anything?"""
         return bool(self._header) or (self._handshake is not None and self._handshake.begun)
 
+    def configured(self) -> None:
+        """Its session will know."""
+
     def backend_hung(self, backend: Backend) -> None:
         """It has no backend yet."""
 
@@ -76,6 +82,23 @@ class Greeting:
 
     def crashed(self, error: Exception) -> None:
         self._give_up("IR", "an error within the balancer")
+
+    def _let_in(self) -> bool:
+        """Is there room for one more of this client? Who only begins a handshake takes some, too."""
+        peer, admission = self._address[0], self._front.admission
+        if not admission.lets_in(peer):
+            self._give_up("PR", "this address is not let in")
+        elif admission.counts(peer):
+            self._counted = admission.connected(peer)
+            if not self._counted:
+                self._give_up("PR", "too many connections from this address")
+        return not self._ended
+
+    def _let_go(self) -> None:
+        """Whoever comes next is counted anew."""
+        if self._counted:
+            self._counted = False
+            self._front.admission.disconnected(self._address[0])
 
     def _on_header(self, mask: int) -> None:
         sock = self._sock
@@ -97,8 +120,10 @@ class Greeting:
         elif header is not None:
             self._front.reactor.timed.discard(self)
             self._front.reactor.remove(sock.fileno())
+            self._let_go()
             self._address = header.source or self._address
-            self._encrypt()
+            if self._let_in():
+                self._encrypt()
 
     def _encrypt(self) -> None:
         front = self._front
@@ -127,6 +152,7 @@ class Greeting:
     def _hand_over(self, stream: Stream) -> None:
         self._ended = True
         self._handshake = None
+        self._let_go()
         session = self._make_session(self._front, stream, self._address, self._number)
         self._on_done(self, session)
         self._front.reactor.call(session.start)
@@ -136,6 +162,7 @@ class Greeting:
         if self._ended:
             return
         self._ended = True
+        self._let_go()
         front = self._front
         front.reactor.timed.discard(self)
         handshake, self._handshake = self._handshake, None

@@ -545,9 +545,9 @@ def answer_head(
     return b"".join(parts)
 
 
-def interim_head(answer: Answer) -> bytes:
-    """A 1xx head for the client."""
-    return b"%b%b\r\n" % (answer.line, answer.fields)
+def interim_head(answer: Answer, fields: bytes = b"") -> bytes:
+    """A 1xx head for the client, with further lines of ours, each with its end."""
+    return b"%b%b%b\r\n" % (answer.line, answer.fields, fields)
 
 
 def own_answer(

@@ -71,6 +71,7 @@ CUT: Final = "cut"  # in the middle of an answer, which must not look complete
 ENDING: Final = "ending"  # over, but for the pumps, which have not reported back yet
 CLOSED: Final = "closed"
 
+_REQUEST_ID = re.compile(rb"\n(?i:x-request-id):[ \t]*([!-~]{1,64})[ \t]*\r")  # of an answer's fields
 _HOST_ALONE = re.compile(rb"\[[^\]]*\]|[^:\r]*")
 
 
@@ -78,6 +79,7 @@ class HttpSession:
     """Accepted by the listener, and closed here."""
 
     __slots__ = (
+        "_address",
         "_answer",
         "_answer_buffer",
         "_answered_after",
@@ -137,18 +139,10 @@ class HttpSession:
         self._fd = sock.fileno()
         self._number = number
         self._peer = self.key = address[0]
-        self._source = address  # the client's
+        self._address = self._source = address  # the peer's, and the client's
         self._client = format_address(address[0], address[1])
         self._counted = False  # among the connections of its client
-        self._reader = RequestReader(
-            address[0].encode(),
-            front.proto,
-            front.authority,
-            front.head_limits,
-            front.known_fields,
-            trusts=address[0] in front.admission.trusted,
-            forwarded=front.forwarded,
-        )
+        self._reader = self._make_reader()
         self._reading = False  # is the client's descriptor registered?
         self._state = IDLE
         self._buffer = b""  # what came from the client and is not consumed: a head begun, or pipelined requests
@@ -164,8 +158,22 @@ class HttpSession:
         self._request: Request | None = None
         self._begin_exchange()
 
+    def _make_reader(self) -> RequestReader:
+        front = self._front
+        return RequestReader(
+            self._peer.encode(),
+            front.proto,
+            front.authority,
+            front.head_limits,
+            front.known_fields,
+            trusts=self._peer in front.admission.trusted,
+            forwarded=front.forwarded,
+        )
+
     def _begin_exchange(self) -> None:
         """Forget the last exchange."""
+        if self.tried:
+            self.tried = []
         self._began = NEVER  # when the request's first octet was there
         self._head_after = -1.0
         self._connected_after = -1.0
@@ -195,7 +203,9 @@ class HttpSession:
         reactor.timed.add(self)
         self._resume_reading()
         admission = self._front.admission
-        if admission.counts(self._peer):
+        if not admission.lets_in(self._peer):
+            self._refuse(HttpError(403, "this address is not let in"), "PR")
+        elif admission.counts(self._peer):
             self._counted = admission.connected(self._peer)
             if not self._counted:
                 self._refuse(HttpError(429, "too many connections from this address"), "PR")
@@ -206,6 +216,14 @@ class HttpSession:
             self._persistent = False
         elif not self._head_begun:
             self.deadline = min(self.deadline, self._reactor.now + self._front.drain_grace)
+
+    def configured(self) -> None:
+        """Read and judge the next request by the settings as they are now."""
+        self._reader = self._make_reader()
+        self._source = self._address
+        self._client = format_address(*self._address)
+        self.key = self._peer
+        self.wanted = None
 
     def kill(self) -> None:
         if self._tunnel is not None:
@@ -339,8 +357,6 @@ class HttpSession:
             self._buffer = rest
         elif not self._begin_body(request, rest):
             return
-        if self.tried:
-            self.tried = []
         if front.keyed:
             self._find_key(request)
         upstream = front.upstreams.obtain(self)
@@ -352,9 +368,10 @@ class HttpSession:
         front = self._front
         admission = front.admission
         client = admission.client(self._peer, request)
-        if client != self._peer:
-            self._source = (client, 0)  # of its port the proxy says nothing
-            self._client = format_address(client, 0)
+        source = self._address if client == self._peer else (client, 0)  # of its port the proxy says nothing
+        if source != self._source:
+            self._source = source
+            self._client = format_address(*source)
         self.key = client
         refusal = admission.refusal(client, time.monotonic()) or admission.body_refusal(request)
         if refusal is not None:
@@ -638,7 +655,8 @@ class HttpSession:
         self._state = ANSWERING
         if self.trail is not None or self._answered_after >= self._front.slow:
             # It can be explained, so it gets a name; unless the backend gave it one.
-            self._request_id = self._front.request_id()
+            named = _REQUEST_ID.search(b"\n" + answer.fields)
+            self._request_id = named[1].decode() if named else self._front.request_id()
         self._down_body = body
         self._down_turns = TURNS
         self._down_encode = encode
@@ -727,7 +745,7 @@ class HttpSession:
     def _send_interim(self, answer: Answer) -> bool:
         """Pass a 1xx on. False when the client could not be told."""
         self._up_replayable = False  # the client has seen something of this answer
-        head = interim_head(answer)
+        head = interim_head(answer, self._extra if answer.status == 101 else b"")
         try:
             if self._sock.send(head, DONTWAIT) == len(head):
                 return True
@@ -920,6 +938,7 @@ class HttpSession:
         """A staged close (RFC 9112 section 9.6): a reset would destroy what the client has not read yet."""
         self._state = LINGERING
         self._buffer = b""
+        self._up_body = None  # whatever still comes of it is dropped
         self.deadline = self._reactor.now + LINGER
         _shut(self._sock, socket.SHUT_WR)
         if not self._reading:
@@ -1072,7 +1091,8 @@ class PlainHttpSession(HttpSession):
 
     def start(self) -> None:
         super().start()
-        self._refuse(HttpError(400, "plain HTTP was sent to a port that speaks HTTPS; use https://"), "PR")
+        if self._state is IDLE:
+            self._refuse(HttpError(400, "plain HTTP was sent to a port that speaks HTTPS; use https://"), "PR")
 
 
 def _redirection(request: Request, port: bytes) -> HttpError:

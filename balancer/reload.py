@@ -167,7 +167,8 @@ class Watcher:
     watch began. `apply` is given each configuration that is another than the last, or comes after an error or from
     `notice_now`; it may raise ConfigError or OSError, which is then an error like those of `load`. `refuse` is given
     each error's line once. Both are called on the thread "reload". `on_error` is told of bugs in them. `others` is
-    something else whenever another file has changed that belongs to what runs (a certificate): that is applied, too.
+    something else whenever another file has changed that belongs to what runs (a certificate): then, and when an error
+    is over while the configuration is what it was, `renew` is called, in the way of `apply`.
     """
 
     def __init__(
@@ -180,8 +181,10 @@ class Watcher:
         on_error: Callable[[str, Exception], None],
         clock: Callable[[], float] = time.monotonic,
         others: Callable[[], _State] = lambda: (),
+        renew: Callable[[], object] = lambda: None,
     ) -> None:
         self._others = others
+        self._renew = renew
         self._path = path
         self._config = running  # the last that was applied
         self._load = load
@@ -214,12 +217,13 @@ class Watcher:
         self._asked = True
         self._wake.set()
 
-    def known(self, config: Config) -> None:
+    def known(self, config: Config, before: Config | None = None) -> None:
         """Take a configuration for applied, because the balancer itself has just written it. Any thread may call it.
 
         Otherwise the file would be applied, and undo what had been changed before without being written.
         """
-        self._config = config
+        if before is None or self._config == before:  # else there is more in the file, which is still to be applied
+            self._config = config
 
     def look(self) -> None:
         """One look at the file, and all that follows from it."""
@@ -244,9 +248,13 @@ class Watcher:
             return
         renewed = others != self._read[1]
         self._read, self._read_at = state, now
-        if config and (asked or renewed or self._error or config != self._config):
+        changed = config is not None and (config != self._config or (asked and self._path is not None))
+        if config and (changed or renewed or asked or self._error):
             try:
-                self._apply(config)
+                if changed:
+                    self._apply(config)
+                else:
+                    self._renew()  # what was changed without being written stays
                 self._config, self._error = config, ""
             except (ConfigError, OSError) as refused:
                 error = str(refused)

@@ -105,7 +105,8 @@ class Status:
     """The figures of a running balancer. From any thread.
 
     `front` and `journal` are the balancer's; `can_change` is whether an operator can change anything; `scaling` tells
-    of the backends that are started by the load, `warnings` of what is to be looked after. `clock` is a wall clock, `ticks` a monotonic one.
+    of the backends that are started by the load, `warnings` of what is to be looked after. `clock` is a wall clock,
+    `ticks` a monotonic one.
     """
 
     def __init__(

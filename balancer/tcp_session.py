@@ -62,6 +62,9 @@ class TcpSession:
     def drain(self) -> None:
         """A connection in TCP mode is one piece of work: it goes on until it ends or is killed."""
 
+    def configured(self) -> None:
+        """A connection in TCP mode goes on as it began."""
+
     def backend_hung(self, backend: Backend) -> None:
         """A connection in TCP mode cannot be given to another backend, and may outlive a pause of its own."""
 

@@ -76,11 +76,12 @@ class Seeker(Protocol):
 class Upstream:
     """An open connection to a backend."""
 
-    __slots__ = ("_owner", "backend", "deadline", "fd", "reused", "sock")
+    __slots__ = ("_owner", "backend", "deadline", "epoch", "fd", "reused", "sock")
 
     def __init__(self, owner: Upstreams, backend: Backend, sock: Stream) -> None:
         self._owner = owner
         self.backend = backend
+        self.epoch = backend.epoch
         self.sock = sock
         self.fd = sock.fileno()
         self.reused = False
@@ -214,7 +215,10 @@ class Attempt:
     def _not_encrypted(self, reason: str) -> None:
         self._handshake = None
         self._seeker.attempt = None
-        self._owner.connect_failed(self._seeker, self._backend, TlsFailure(reason))
+        late = self._owner.reactor.now >= self._gives_up
+        self._owner.connect_failed(
+            self._seeker, self._backend, TlsFailure(errno.ETIMEDOUT if late else errno.EPROTO, reason)
+        )
 
     def _drop_socket(self) -> None:
         sock, self._sock = self._sock, None
@@ -307,7 +311,8 @@ class Upstreams:
         """Its exchange is over, and it may serve another."""
         reactor, backend = self.reactor, upstream.backend
         idle = backend.idle
-        if backend.eligible and len(idle) < MOST_IDLE and not backend.send_proxy:  # that one is its client's
+        fits = upstream.epoch == backend.epoch and not backend.send_proxy  # else it is for one client only
+        if fits and backend.eligible and len(idle) < MOST_IDLE:
             upstream.reused = True
             upstream.deadline = reactor.now + KEEP_IDLE
             reactor.handlers[upstream.fd] = upstream.on_idle
@@ -465,7 +470,7 @@ class Upstreams:
         while idle:
             upstream: Upstream = idle.pop()
             fd = upstream.fd
-            if fd in reactor.ready and upstream.is_stale():
+            if upstream.epoch != backend.epoch or (fd in reactor.ready and upstream.is_stale()):
                 self._close(upstream)
                 continue
             upstream.deadline = NEVER

@@ -125,14 +125,23 @@ def children() -> dict[object, str]:
     A child that has ended counts until it was waited for.
     """
     found: dict[object, str] = {}
-    for pid, parent, command in processes():
+    for pid, parent, command in processes(besides=strangers):
         if parent == os.getpid() or (pid != os.getpid() and carries_mark(pid)):
             found["process", pid] = f"process {pid} ({command})"
+        else:
+            strangers.add(pid)
     return found
 
 
-def processes() -> Iterator[tuple[int, int, str]]:
-    """Each process of this machine: its id, its parent's and its command line."""
+strangers: set[int] = set()
+"""Processes that were seen to be none of ours, and need no second look: two looks for each test are many."""
+
+
+def processes(besides: set[int] | None = None) -> Iterator[tuple[int, int, str]]:
+    """Each process of this machine: its id, its parent's and its command line.
+
+    Those that are in `besides` are passed over, and those that have ended are taken out of it.
+    """
     if not os.path.isdir("/proc/self"):
         table = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,command="], capture_output=True, text=True, check=True)
         for line in table.stdout.splitlines():
@@ -140,9 +149,11 @@ def processes() -> Iterator[tuple[int, int, str]]:
             if not words[2].startswith("ps -A -o pid="):
                 yield int(words[0]), int(words[1]), words[2]
         return
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
+    there = {int(name) for name in os.listdir("/proc") if name.isdigit()}
+    if besides:
+        besides &= there
+    for pid in there - (besides or set()):
+        entry = Path(f"/proc/{pid}")
         try:
             status = (entry / "stat").read_text(errors="replace")
             command = (entry / "cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
@@ -150,7 +161,7 @@ def processes() -> Iterator[tuple[int, int, str]]:
             continue
         name = status[status.index("(") : status.rindex(")") + 1]
         parent = int(status[status.rindex(")") + 2 :].split()[1])
-        yield int(entry.name), parent, command or f"{name}, ended but not waited for"
+        yield pid, parent, command or f"{name}, ended but not waited for"
 
 
 def carries_mark(pid: int) -> bool:

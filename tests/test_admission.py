@@ -23,7 +23,9 @@ def config(**keys: Any) -> Config:
 
 
 def admission(former: Admission | None = None, limits: dict[str, Any] | None = None, **keys: Any) -> Admission:
-    return Admission(config(limits=limits or {}, **keys), former)
+    made = Admission(config(limits=limits or {}, **keys), former)
+    made.begin()
+    return made
 
 
 def request(*fields: str, trusts: bool = True) -> Request:

@@ -26,7 +26,7 @@ from conftest import PATIENCE, eventually
 from fakes import Connection, FakeBackend, read_response
 from programs import free_ports
 from test_certificates import DATA
-from test_greeting import CLIENT, FRONT, NAMED, WITH_TLVS, field, greeting, lines, turn_around, who
+from test_greeting import CLIENT, FRONT, NAMED, WITH_TLVS, change, field, greeting, lines, turn_around, who
 from test_http_mode import OK, QUIET, at, leases_come_back, settled
 from test_proxy_protocol import HAPROXY, has_ipv6, needs_haproxy
 
@@ -249,7 +249,7 @@ def test_a_kept_connection_follows_a_reload_that_changes_what_is_hashed(tmp_path
     keys = {"algorithm": "hash", "hash_on": "query:key", "hash_balance": 1000}
     with several(tmp_path, 4, **keys) as (balancer, backends), connect(balancer) as sock:
         assert statuses(sock, request(path="/?key=a"), request(path="/?key=b")) == [200] * 2
-        balancer.reconfigure(replace(balancer.config, algorithm="ip_hash"), "test")
+        change(balancer, algorithm="ip_hash")
         assert statuses(sock, *(request(path="/hashed") for _ in range(3))) == [200] * 3
         with connect(balancer) as other:
             assert statuses(other, *(request(path="/hashed") for _ in range(3))) == [200] * 3
@@ -464,11 +464,7 @@ def test_a_reload_that_asks_for_headers_holds_for_the_next_request(tmp_path: Pat
         [server] = balancer.config.servers
         with connect(balancer) as sock:
             for version in ("", "v1", "", "v1"):
-                changed = replace(balancer.config, servers=(replace(server, send_proxy=version),))
-                balancer.reconfigure(changed, "test")
-                done = threading.Event()
-                balancer.reactor.call_soon(done.set)
-                assert done.wait(PATIENCE)
+                change(balancer, servers=(replace(server, send_proxy=version),))
                 assert statuses(sock, request(), request()) == [200] * 2
         leases_come_back(balancer)
     assert begun == [b"GET", b"GET", b"PROXY", b"PROXY"] * 2
@@ -499,7 +495,7 @@ def test_a_connection_that_began_in_one_clients_name_serves_no_other_after_a_rel
         one.sendall(request(path="/one"))
         assert arrived.wait(PATIENCE)
         [server] = balancer.config.servers
-        balancer.reconfigure(replace(balancer.config, servers=(replace(server, send_proxy=""),)), "test")
+        change(balancer, servers=(replace(server, send_proxy=""),))
         go_on.set()
         assert read_response(one).status == 200
         assert statuses(other, request(path="/other")) == [200]

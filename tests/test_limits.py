@@ -25,7 +25,7 @@ from balancing import connect, running
 from conftest import PATIENCE, eventually
 from fakes import Answer, FakeBackend, read_response
 from test_certificates import DATA
-from test_greeting import ADMIN, CLIENT, FRONT, NAMED, is_closed, lines, refusals, turn_around, who
+from test_greeting import ADMIN, CLIENT, FRONT, NAMED, change, is_closed, lines, refusals, turn_around, who
 from test_http_mode import GET, OK, QUIET, Gate, at, leases_come_back, settled
 from test_identity import TRUSTED, of, request, statuses
 
@@ -49,14 +49,6 @@ def ask(balancer: LoadBalancer, octets: bytes = GET) -> Answer:
     with connect(balancer) as sock:
         sock.sendall(octets)
         return read_response(sock)
-
-
-def change(balancer: LoadBalancer, **keys: Any) -> None:
-    """Another configuration, in force when this returns."""
-    balancer.reconfigure(replace(balancer.config, **keys), "test")
-    done = threading.Event()
-    balancer.reactor.call_soon(done.set)
-    assert done.wait(PATIENCE)
 
 
 def reset(sock: socket.socket) -> None:
@@ -123,12 +115,12 @@ def test_a_body_of_who_is_not_let_in_reaches_nobody(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keys", [{"deny": [ME]}, {"allow": ["::1"]}])
 def test_in_tcp_mode_who_is_not_let_in_is_closed(tmp_path: Path, keys: dict[str, Any]) -> None:
     with limiting(tmp_path, turn_around, mode="tcp", **keys) as (balancer, backend):
-        opened = backend.accepted
+        eventually(lambda: backend.accepted == 1, "the probe's connection")
         for said in (b"", b"abc\n"):
             with connect(balancer) as sock:
                 sock.sendall(said)
                 assert is_closed(sock)
-        assert backend.accepted == opened
+        assert backend.accepted == 1
         assert refusals(balancer, 2) == [(ME, "PR", "this address is not let in")] * 2
     assert [code for _, code, _ in lines(tmp_path)] == ["PR", "PR"]
 
@@ -171,17 +163,9 @@ def test_a_request_in_hand_outlives_a_reload_that_would_not_let_it_in(tmp_path: 
 
 
 def refused(balancer: LoadBalancer) -> bool:
-    """Whether one more connection is refused, before anything is said on it."""
+    """Whether one more connection is refused, before anything is said on it, and closed."""
     with connect(balancer) as sock, sock.makefile("rb") as file:
-        sock.settimeout(0.2)
-        try:
-            answer = read_response(file)
-        except TimeoutError:
-            return False
-        sock.settimeout(PATIENCE)
-        assert answer.status == 429
-        assert file.read() == b""
-        return True
+        return read_response(file).status == 429 and file.read() == b""
 
 
 def test_one_connection_too_many_is_told_at_once_and_closed(tmp_path: Path) -> None:
@@ -296,7 +280,7 @@ def test_a_reload_changes_the_limit_while_connections_are_open(tmp_path: Path) -
             assert statuses(sock, GET) == [200]
             assert refused(balancer)
             change(balancer, limits=replace(limits, client_connections=0))
-            assert not refused(balancer)
+            assert ask(balancer).status == 200
 
 
 # Requests per second ----------------------------------------------------------------------------------------------
@@ -360,11 +344,11 @@ def test_a_client_that_calls_itself_another_each_time_is_one(tmp_path: Path) -> 
 
 
 def test_a_client_that_is_refused_is_told_when_to_come_back(tmp_path: Path) -> None:
-    with limiting(tmp_path, limits={"client_rate": 0.5}) as (balancer, backend):
+    with limiting(tmp_path, limits={"client_rate": 0.01}) as (balancer, backend):
         assert ask(balancer).status == 200
         answer = ask(balancer)
-        assert (answer.status, answer.reason, answer.headers["Retry-After"]) == (429, "Too Many Requests", "2")
-        assert answer.headers["Connection"] == "close"
+        assert (answer.status, answer.reason, answer.headers["Connection"]) == (429, "Too Many Requests", "close")
+        assert 100 - PATIENCE <= int(answer.headers["Retry-After"]) <= 100
         assert refusals(balancer) == [(ME, "PR", "too many requests from this address")]
         assert len(backend.requests) == 1
     assert [code for _, code, _ in lines(tmp_path)] == ["--", "PR"]
@@ -426,7 +410,7 @@ def test_a_body_that_says_that_it_is_too_large_is_refused_at_once(tmp_path: Path
         for fields in (["Content-Length: 1001"], ["Content-Length: 999999999999", "Expect: 100-continue"]):
             with connect(balancer) as sock, sock.makefile("rb") as answers:
                 sock.sendall(post(*fields))
-                assert answers.readline() == b"HTTP/1.1 413 Request Entity Too Large\r\n"
+                assert answers.readline().startswith(b"HTTP/1.1 413 ")
                 assert b"\r\nConnection: close\r\n" in answers.read()
         assert refusals(balancer, 2) == [(ME, "PR", "a body may have at most 1000 octets here")] * 2
     assert backend.requests == []
@@ -562,7 +546,7 @@ def test_limits_come_by_the_file_and_are_told_as_changes(tmp_path: Path) -> None
         assert statuses(sock, GET) == [200]
         path.write_text(json.dumps(settings | {"limits": {"body_bytes": 5}, "deny": ["192.0.2.1"]}))
         balancer.look_at_file()
-        eventually(lambda: balancer.config.limits.body_bytes == 5)
+        eventually(lambda: ask(balancer, post("Content-Length: 6") + b"a body").status == 413)
         assert statuses(sock, GET, post("Content-Length: 6")) == [200, 413]
     text = (tmp_path / "lb.log").read_text()
     assert f"{path}: limits.body_bytes 0 -> 5\n" in text

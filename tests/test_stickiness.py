@@ -26,10 +26,9 @@ from balancing import connect, running
 from conftest import PATIENCE, eventually
 from fakes import Answer, Connection, FakeBackend, Handler, read_response
 from test_certificates import DATA
-from test_greeting import field
+from test_greeting import change, field
 from test_http_mode import QUIET, Gate, leases_come_back, settled
 from test_identity import TRUSTED, of, request
-from test_limits import change
 
 STICKY = {"sticky": True}
 COOKIE = re.compile(r"lb=([A-Za-z0-9_-]{22}); Path=/; HttpOnly; SameSite=Lax")

@@ -7,6 +7,7 @@ program where files and signals are what matters.
 
 from __future__ import annotations
 
+import gc
 import http.client
 import io
 import json
@@ -20,6 +21,7 @@ import ssl
 import struct
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from hashlib import sha256
@@ -30,15 +32,18 @@ from typing import Any, NamedTuple
 import pytest
 
 from backend_server import BINARY, CLOSE, Backend, frame, mask, pattern, serving
-from balancer import reload
-from balancer.balancer import HANDSHAKES, LoadBalancer
+from balancer import reload, upstream
+from balancer.balancer import HANDSHAKE_THREADS, HANDSHAKES, LoadBalancer
 from balancer.config import Config, load
+from balancer.http_session import HttpSession
+from balancer.stream import Handshake, TlsStream
 from balancing import connect, log_lines, running
 from conftest import PATIENCE, eventually
 from fakes import Answer, Connection, FakeBackend, hang_up, read_response
 from lb import main
 from mixture import KINDS, UPGRADE, Caller, UnrulyBackend
 from programs import LB, Program, free_ports, run, started, write_settings
+from tls_storm import Bystanders, Storm, client_hello
 
 DATA = Path(__file__).resolve().parent / "data" / "certificates"
 ROOT_CA = str(DATA / "root.pem")
@@ -571,22 +576,26 @@ def test_in_tcp_mode_either_side_may_end_first_and_still_be_spoken_to(tmp_path, 
 
 def test_in_tcp_mode_a_client_that_is_cut_off_is_not_taken_for_one_that_ended(tmp_path):
     """What the backend has received may not be all, so it sees a reset, where a whole stream ends in peace."""
-    ends: list[type] = []
+    ends: list[tuple[bytes, str]] = []
 
     def serve(connection: Connection) -> None:
+        connection.send(b"go ahead")
+        received, end = b"", "in peace"
         try:
             while piece := connection.sock.recv(100):
-                assert b"half of wh".startswith(piece)
-        except ConnectionResetError as error:
-            ends.append(type(error))
+                received += piece
+        except ConnectionResetError:
+            end = "reset"
+        ends.append((received, end))
 
     with terminating(tmp_path, serve, mode="tcp") as balancer, TO_CLIENTS.duplex(balancer) as client:
+        assert client.receive() == b"go ahead"
         client.send(b"half of wh")
         client.sock.shutdown(socket.SHUT_WR)
         with pytest.raises(OSError):
             client.receive_all()
     assert [line.split()[3] for line in lines(tmp_path)] == ["code=CD"]
-    assert ends == [ConnectionResetError]
+    assert [end for received, end in ends if received] == ["reset"]
 
 
 def test_in_tcp_mode_a_backend_that_is_cut_off_is_not_taken_for_one_that_ended(tmp_path):
@@ -653,15 +662,6 @@ def test_a_handshake_has_its_time_and_a_silent_connection_leaves_no_line(tmp_pat
     assert len(lines(tmp_path)) == 4  # of the three that said something, and of the request
 
 
-def client_hello() -> bytes:
-    """What a client begins with."""
-    outgoing = ssl.MemoryBIO()
-    client = trusting().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost")
-    with suppress(ssl.SSLWantReadError):
-        client.do_handshake()
-    return outgoing.read()
-
-
 def test_handshakes_that_are_left_half_way_keep_nobody_out(tmp_path):
     """However many there are: they wait for their clients, not for us, and others need not wait with them."""
     hello = client_hello()
@@ -670,6 +670,28 @@ def test_handshakes_that_are_left_half_way_keep_nobody_out(tmp_path):
         for _ in range(HANDSHAKES + 50):
             stack.enter_context(connect(balancer)).sendall(hello)
         assert ask_once(balancer).body == b"ok"
+
+
+def test_a_storm_of_handshakes_harms_nobody_and_leaves_nothing(tmp_path, monkeypatch):
+    """A small one of those that tests/tls_storm.py makes; what it costs in time is measured there."""
+    monkeypatch.setattr(upstream, "KEEP_IDLE", 0.1)
+    with serving(Backend()) as backend, TO_CLIENTS.balancing(tmp_path, backend) as balancer:
+        with Bystanders(balancer.port, 4) as bystanders, Storm(balancer.port, 500, 500, bad=True, silent=50) as storm:
+            storm.blow()
+        seen = bystanders.seen
+        assert (storm.good.failed, seen.failed) == (Counter(), Counter())
+        assert len(storm.good.latencies) == 334
+        assert seen.latencies
+        eventually(lambda: not balancer.listener.sessions, "everybody has gone")
+        eventually(lambda: len(balancer.reactor.timed) == 1, "nothing but the listener has a deadline")
+        del storm, bystanders
+        balancer.reactor.wake()  # its loop still holds whom it called last
+        eventually(lambda: in_memory(TlsStream, HttpSession) == 0, "no connection in memory")
+        assert in_memory(Handshake) <= HANDSHAKE_THREADS  # each of which holds its last one
+
+
+def in_memory(*kinds: type) -> int:
+    return sum(isinstance(thing, kinds) for thing in gc.get_objects())
 
 
 def test_the_backend_is_told_that_the_client_came_by_https(tmp_path):
