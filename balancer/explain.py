@@ -117,7 +117,7 @@ class Trail:
 class Incident(NamedTuple):
     record: Exchange
     policy: str
-    reason: str  # what the client was told; "" where it was told nothing
+    reason: str  # in words, as the client was told if it could be told; "" where there is none but the code's
     began: float  # reactor's clock
     steps: Sequence[Step]
     standings: Sequence[Standing]  # at its end
@@ -218,7 +218,7 @@ def as_text(found: dict[str, Any]) -> str:
         f"  status {found['status'] or '-'}, code {found['code']}: {found['ended']}; {found['total_ms']} ms",
     ]
     if found["told"]:
-        lines.append(f"  the client was told: {found['told']}")
+        lines.append(f"  the reason: {found['told']}")
     times = ", ".join(f"{name} after {value} ms" for name, value in found["times_ms"].items() if value is not None)
     lines.append(f"  {times}")
     lines.append(f"  policy {found['policy']}, backend {found['backend'] or '-'}, {found['tries']} tried")

@@ -47,9 +47,8 @@ class Greeting:
 
     def start(self) -> None:
         front = self._front
-        if not self._let_in():
-            return
         if self._address[0] in front.proxied:
+            # It comes for others: whether it is let in is asked when its header has named one of them.
             self.deadline = front.reactor.now + front.timeouts.handshake
             front.reactor.timed.add(self)
             front.reactor.add(self._sock.fileno(), READ, self._on_header)
@@ -84,7 +83,7 @@ class Greeting:
         self._give_up("IR", "an error within the balancer")
 
     def _let_in(self) -> bool:
-        """Is there room for one more of this client? Who only begins a handshake takes some, too."""
+        """Is there room for one more of this client? Who begins a handshake takes some, and is told nothing."""
         peer, admission = self._address[0], self._front.admission
         if not admission.lets_in(peer):
             self._give_up("PR", "this address is not let in")
@@ -120,15 +119,15 @@ class Greeting:
         elif header is not None:
             self._front.reactor.timed.discard(self)
             self._front.reactor.remove(sock.fileno())
-            self._let_go()
             self._address = header.source or self._address
-            if self._let_in():
-                self._encrypt()
+            self._encrypt()
 
     def _encrypt(self) -> None:
         front = self._front
         if front.tls_context is None:
-            self._hand_over(self._sock)
+            self._hand_over(self._sock)  # the session knows whether it is let in, and how to say that it is not
+            return
+        if not self._let_in():
             return
         self._handshake = front.handshaker.begin(
             self._sock,

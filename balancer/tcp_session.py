@@ -44,20 +44,22 @@ class TcpSession:
 
     def start(self) -> None:
         self._front.reactor.timed.add(self)
-        if not self._let_in():
-            self._finish("PR")
+        if refusal := self._refusal():
+            self._finish("PR", refusal)
             return
         upstream = self._front.upstreams.obtain(self)
         if upstream is not None:
             self.connected(upstream)
 
-    def _let_in(self) -> bool:
+    def _refusal(self) -> str:
+        """Why this connection is not to be, "" where it may."""
         admission = self._front.admission
         if admission.counts(self.key):
             self._counted = admission.connected(self.key)
             if not self._counted:
-                return False
-        return admission.refusal(self.key, time.monotonic()) is None
+                return "too many connections from this address"
+        refusal = admission.refusal(self.key, time.monotonic())
+        return refusal.reason if refusal else ""
 
     def drain(self) -> None:
         """A connection in TCP mode is one piece of work: it goes on until it ends or is killed."""
@@ -105,7 +107,7 @@ class TcpSession:
         return self._source, own_end(self._sock)
 
     def unserved(self, status: int, code: str, reason: str) -> None:
-        self._finish(code)
+        self._finish(code, reason)
 
     def on_backend(self, mask: int) -> None:
         """The tunnel owns the backend's side; nothing is registered for it here."""
@@ -118,7 +120,7 @@ class TcpSession:
         self._front.upstreams.cancel(self)
         self._finish(code)
 
-    def _finish(self, code: str) -> None:
+    def _finish(self, code: str, reason: str = "") -> None:
         """Close, log and be gone. What else happens within this batch may ask for it once more."""
         if self._finished:
             return
@@ -162,7 +164,7 @@ class TcpSession:
         )
         front.record(record)
         if odd:
-            front.explain(record, "", self._began, trail)
+            front.explain(record, reason, self._began, trail)
         if upstream is not None:
             front.upstreams.discard(upstream)
         front.on_closed(self)

@@ -118,7 +118,7 @@ def test_it_reads_as_a_text():
     assert head.endswith(': "GET /a HTTP/1.1" of 127.0.0.1:5000')
     assert lines == [
         "  status 503, code SC: the backend refused, or broke off, while connecting; 250.0 ms",
-        "  the client was told: no backend could be reached",
+        "  the reason: no backend could be reached",
         "  head after 1.0 ms, total after 250.0 ms",
         "  policy round_robin, backend -, 2 tried",
         "  at 20.0 ms, after 19.0 ms: backend 1: L4CON refused",

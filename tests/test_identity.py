@@ -27,7 +27,7 @@ from fakes import Connection, FakeBackend, read_response
 from programs import free_ports
 from test_certificates import DATA
 from test_greeting import CLIENT, FRONT, NAMED, WITH_TLVS, change, field, greeting, lines, turn_around, who
-from test_http_mode import OK, QUIET, at, leases_come_back, settled
+from test_http_mode import OK, QUIET, Gate, at, leases_come_back, settled
 from test_proxy_protocol import HAPROXY, has_ipv6, needs_haproxy
 
 TRUSTED = {"trusted_proxies": ["127.0.0.1", "10.0.0.0/8"]}
@@ -152,6 +152,27 @@ def test_pipelined_requests_have_clients_of_their_own_too(tmp_path: Path) -> Non
         with sock.makefile("rb") as answers:
             assert [read_response(answers).status for _ in range(30)] == [200] * 30
     assert who(tmp_path) == [f"{client}:0" for client in CHAIN] * 10
+
+
+def test_a_request_in_hand_keeps_its_client_through_a_reload(tmp_path: Path) -> None:
+    gate = Gate()
+    with greeting(tmp_path, gate, proxy_protocol_from=[], **TRUSTED) as (balancer, _), connect(balancer) as sock:
+        own = "{}:{}".format(*sock.getsockname())
+        sock.sendall(of("192.0.2.1"))
+        gate.wait_for_request()
+        change(balancer, retries=1)
+        gate.open.set()
+        assert read_response(sock).status == 200
+        assert statuses(sock, request()) == [200]
+    assert who(tmp_path) == ["192.0.2.1:0", own]
+
+
+def test_what_is_no_request_is_not_put_down_to_the_last_client(tmp_path: Path) -> None:
+    """Nothing tells whose it is, and the proxy sent it."""
+    with greeting(tmp_path, proxy_protocol_from=[], **TRUSTED) as (balancer, _), connect(balancer) as sock:
+        own = "{}:{}".format(*sock.getsockname())
+        assert statuses(sock, of("192.0.2.1"), b"\0\r\n\r\n") == [200, 400]
+    assert who(tmp_path) == ["192.0.2.1:0", own]
 
 
 def test_a_header_may_name_a_proxy_that_is_trusted(tmp_path: Path) -> None:

@@ -339,8 +339,8 @@ def test_each_default_of_a_switch_is_what_true_stands_for():
         def document(value: object, name: str = name, path: list[str] = path) -> dict[str, Any]:
             return {"servers": [{**SERVER, name: value}]} if path else {name: value}
 
-        assert settings(document(inner)) == settings(document(True))  # noqa: FBT003
-        assert settings(document(True)) != settings({})  # noqa: FBT003
+        assert settings(document(inner)) == settings(document(True))
+        assert settings(document(True)) != settings({})
 
 
 def test_each_default_in_the_table_is_the_true_one():

@@ -37,18 +37,23 @@ def changed(balancer, **settings):
 
 def test_a_refused_upload_ends_however_much_still_comes(tmp_path):
     """Each segment behind a 413 was taken for a piece of the body, answered, logged, and given more time."""
-    with FakeBackend(OK) as fake, running(tmp_path, [("127.0.0.1", fake.port)], limits={"body_bytes": 1000}) as balancer:
-        with connect(balancer) as sock:
-            sock.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3e9\r\n")
-            assert read_response(sock).status == 413
-            for _ in range(20):
-                sock.sendall(b"garbage\r\n")
-            eventually(lambda: len(log_lines(tmp_path)) > 1, "its line")
+    with (
+        FakeBackend(OK) as fake,
+        running(tmp_path, [("127.0.0.1", fake.port)], limits={"body_bytes": 1000}) as balancer,connect(balancer) as sock
+    ):
+        sock.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3e9\r\n")
+        assert read_response(sock).status == 413
+        for _ in range(20):
+            sock.sendall(b"garbage\r\n")
+        eventually(lambda: len(log_lines(tmp_path)) > 1, "its line")
     assert sum('"POST / HTTP/1.1"' in line for line in log_lines(tmp_path)) == 1
 
 
 def test_after_a_request_by_a_proxy_the_next_one_is_its_own(tmp_path):
-    with FakeBackend(OK) as fake, running(tmp_path, [("127.0.0.1", fake.port)], trusted_proxies=["127.0.0.1"]) as balancer:
+    with (
+        FakeBackend(OK) as fake,
+        running(tmp_path, [("127.0.0.1", fake.port)], trusted_proxies=["127.0.0.1"]) as balancer,
+    ):
         with connect(balancer) as sock:
             ask(sock, "X-Forwarded-For: 203.0.113.7", path="/a")
             ask(sock, path="/b")
@@ -60,7 +65,10 @@ def test_after_a_request_by_a_proxy_the_next_one_is_its_own(tmp_path):
 
 
 def test_a_connection_that_was_in_hand_is_not_kept_when_it_should_have_been_encrypted(tmp_path):
-    with FakeBackend(OK) as fake, running(tmp_path, [("127.0.0.1", fake.port)], health_check={"interval": 60}) as balancer:
+    with (
+        FakeBackend(OK) as fake,
+        running(tmp_path, [("127.0.0.1", fake.port)], health_check={"interval": 60}) as balancer,
+    ):
         with connect(balancer) as sock:
             ask(sock)
             [server] = balancer.wanted.servers
@@ -71,7 +79,11 @@ def test_a_connection_that_was_in_hand_is_not_kept_when_it_should_have_been_encr
 
 def test_limits_of_heads_follow_a_reload(tmp_path):
     long = b"HTTP/1.1 200 OK\r\nX-Long: %b\r\nContent-Length: 2\r\n\r\nok" % (b"x" * 3000)
-    with FakeBackend(long) as fake, running(tmp_path, [("127.0.0.1", fake.port)]) as balancer, connect(balancer) as sock:
+    with (
+        FakeBackend(long) as fake,
+        running(tmp_path, [("127.0.0.1", fake.port)]) as balancer,
+        connect(balancer) as sock,
+    ):
         assert ask(sock).status == 200
         changed(balancer, limits=replace(balancer.wanted.limits, head_bytes=2048))
         assert ask(sock).status == 502
@@ -88,7 +100,9 @@ def test_a_refused_request_is_not_logged_with_the_backend_of_the_one_before_it(t
         hangs_up = stack.enter_context(FakeBackend(lambda connection: connection.read_request()))
         answers = stack.enter_context(FakeBackend(OK))
         settings = {"limits": {"client_rate": 0.001, "client_burst": 1}, "health_check": {"type": "tcp"}}
-        balancer = stack.enter_context(running(tmp_path, [("127.0.0.1", hangs_up.port), ("127.0.0.1", answers.port)], **settings))
+        balancer = stack.enter_context(
+            running(tmp_path, [("127.0.0.1", hangs_up.port), ("127.0.0.1", answers.port)], **settings)
+        )
         with connect(balancer) as sock:
             assert ask(sock).status == 200
             assert ask(sock).status == 429
@@ -126,6 +140,7 @@ def test_the_id_that_the_client_sees_is_the_one_that_explains(tmp_path):
         balancer = stack.enter_context(running(tmp_path, backends, health_check={"type": "tcp"}))
         with connect(balancer) as sock:
             assert ask(sock).headers["X-Request-Id"] == "from-backend"
+        eventually(lambda: balancer._front.incidents.find("from-backend"), "it is kept")
         found = balancer._front.incidents.find("from-backend")
     assert found is not None
     assert found["tries"] == 2
@@ -136,7 +151,9 @@ def test_an_explanation_steers_no_terminal(tmp_path):
         with connect(balancer) as sock:
             sock.sendall(b"GET /\x1b]0;owned\x07\x1b[2J HTTP/1.1\r\nHost: a\r\n\r\n")
             answer = read_response(sock)
-        found = balancer._front.incidents.find(answer.headers["X-Request-Id"])
+        find = balancer._front.incidents.find
+        eventually(lambda: find(answer.headers["X-Request-Id"]), "it is kept")
+        found = find(answer.headers["X-Request-Id"])
     assert found is not None
     text = as_text(found)
     assert "\\x1b]0;owned\\x07" in text
@@ -151,9 +168,7 @@ def test_instances_that_the_load_has_started_stick_too(tmp_path):
             eventually(lambda: len(balancer._front.sticks) == 2, "the instance has a cookie")
             with connect(balancer) as sock:
                 eventually(lambda: ask(sock).headers["X-Backend"] == "2", "it serves")
-                cookie = next(
-                    value for value, backend in balancer._front.sticks.items() if backend.id == "auto"
-                )
+                cookie = next(value for value, backend in balancer._front.sticks.items() if backend.id == "auto")
                 answers = [ask(sock, f"Cookie: lb={cookie}") for _ in range(4)]
             assert {answer.headers["X-Backend"] for answer in answers} == {"2"}
             assert not any("Set-Cookie" in answer.headers for answer in answers)
@@ -170,9 +185,7 @@ def test_a_change_that_waits_for_another_begins_with_what_that_has_left(tmp_path
             return replace(config, retries=1)
 
         reload = threading.Thread(target=balancer.reconfigure, args=(slow, "file"))
-        change = threading.Thread(
-            target=balancer._control.change, args=("1", {"weight": 7}, "operator", False)
-        )
+        change = threading.Thread(target=balancer._control.change, args=("1", {"weight": 7}, "operator", False))
         reload.start()
         assert entered.wait(PATIENCE)
         change.start()
@@ -193,7 +206,8 @@ def test_the_redirecting_listener_follows_a_reload_and_can_be_explained(tmp_path
         with closing(socket.create_connection(redirect, timeout=PATIENCE)) as sock:
             answer = ask(sock)
             assert (answer.status, answer.headers["Location"]) == (308, f"https://lb.test:{balancer.port}/")
-            assert balancer._front.incidents.find(answer.headers["X-Request-Id"]) is not None
+            find = balancer._front.incidents.find
+            eventually(lambda: find(answer.headers["X-Request-Id"]), "it is kept")
         changed(balancer, deny=("127.0.0.0/8",))
         with closing(socket.create_connection(redirect, timeout=PATIENCE)) as sock:
             assert read_response(sock).status == 403

@@ -281,7 +281,12 @@ def test_a_tunnel_leads_to_the_backend_of_the_cookie(tmp_path: Path) -> None:
         for _ in range(4):
             with connect(balancer) as sock, sock.makefile("rb") as file:
                 sock.sendall(request("Connection: Upgrade", "Upgrade: x", f"Cookie: lb={browser.cookie}"))
-                assert file.read().endswith(b"\r\n\r\n" + home.encode())
+                said = file.read()
+                assert said.endswith(b"\r\n\r\n" + home.encode())
+                assert b"Set-Cookie" not in said
+        with connect(balancer) as sock, sock.makefile("rb") as file:
+            sock.sendall(request("Connection: Upgrade", "Upgrade: x"))
+            assert b"\r\nSet-Cookie: lb=" in file.read(), "where it is the first that a client asks for"
 
 
 # Cookies that are not ours ----------------------------------------------------------------------------------------
