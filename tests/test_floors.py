@@ -14,8 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = (
     ("balancer.version", "balancer.checks", "balancer.config", "balancer.http1", "balancer.framing"),
-    ("balancer.log_formats", "balancer.journal", "balancer.metrics", "balancer.servers_file", "balancer.clients")
-    + ("balancer.proxy_protocol", "balancer.admission", "balancer.certificates", "balancer.sticky", "balancer.keys"),
+    (
+        *("balancer.log_formats", "balancer.journal", "balancer.metrics", "balancer.servers_file", "balancer.clients"),
+        *("balancer.proxy_protocol", "balancer.admission", "balancer.certificates", "balancer.sticky", "balancer.keys"),
+    ),
     ("balancer.backend", "balancer.pickers", "balancer.hashing"),
     ("balancer.explain", "balancer.pool"),
     ("balancer.reactor", "balancer.stream", "balancer.pump", "balancer.upstream", "balancer.health"),

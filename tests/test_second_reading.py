@@ -111,10 +111,13 @@ def test_a_refused_request_is_not_logged_with_the_backend_of_the_one_before_it(t
 
 def test_a_denied_address_holds_no_connection(tmp_path):
     """It could keep idle ones, and with TLS half a handshake, until nobody else had a place."""
-    with FakeBackend(OK) as fake, running(tmp_path, [("127.0.0.1", fake.port)], deny=["127.0.0.1"]) as balancer:
-        with connect(balancer) as sock:
-            assert read_response(sock).status == 403
-            eventually(lambda: sock.recv(1) == b"", "it is closed")
+    with (
+        FakeBackend(OK) as fake,
+        running(tmp_path, [("127.0.0.1", fake.port)], deny=["127.0.0.1"]) as balancer,
+        connect(balancer) as sock,
+    ):
+        assert read_response(sock).status == 403
+        eventually(lambda: sock.recv(1) == b"", "it is closed")
 
 
 @pytest.mark.parametrize("settings", [{"limits": {"client_connections": 3}}, {"deny": ["127.0.0.1"]}])
