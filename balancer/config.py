@@ -199,8 +199,10 @@ def _backend_tls(value: Any, at: Place) -> BackendTls | None:
 
 
 def _certificates(value: Any, at: Place) -> tuple[Certificate, ...]:
-    if type(value) is not list or not value:
+    if type(value) is not list:
         raise at.wrong('must be a list such as [{"cert": "site.pem", "key": "site.key"}], not ' + checks.kind(value))
+    if not value:
+        raise at.wrong('must not be empty; name at least one, such as {"cert": "site.pem", "key": "site.key"}')
     check = checks.object_of({"cert": checks.named_file, "key": checks.named_file}, Certificate, needs=("cert", "key"))
     return tuple(check(item, at.item(index)) for index, item in enumerate(value))
 
@@ -462,6 +464,8 @@ def find(explicit: str | None, beside: Path) -> Path:
 def refuse_contradictions(config: Config) -> None:
     """Raise ConfigError where two settings cannot both be. For when the flags are in: they may mend it, or cause it."""
     at = Place(config.source, config.base)
+    if config.algorithm == "hash" and config.mode == "tcp":
+        raise at.key("algorithm").wrong('"hash" needs to read requests, which mode "tcp" does not; "ip_hash" does not')
     if config.algorithm == "hash" and not config.hash_on:
         raise at.key("hash_on").wrong('is missing; "hash" goes by something such as "header:X-User", or by "path"')
     if config.mode == "tcp":

@@ -174,6 +174,9 @@ class HttpSession:
         """Forget the last exchange."""
         if self.tried:
             self.tried = []
+        if self._source is not self._address:
+            self._source = self._address
+            self._client = format_address(*self._address)
         self._began = NEVER  # when the request's first octet was there
         self._head_after = -1.0
         self._connected_after = -1.0
@@ -220,8 +223,6 @@ class HttpSession:
     def configured(self) -> None:
         """Read and judge the next request by the settings as they are now."""
         self._reader = self._make_reader()
-        self._source = self._address
-        self._client = format_address(*self._address)
         self.key = self._peer
         self.wanted = None
 

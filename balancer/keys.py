@@ -6,15 +6,17 @@ did not change is taken over, which keeps the tickets of clients that were here 
 
 from __future__ import annotations
 
+import os
 import secrets
 import ssl
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from balancer.certificates import BadCertificate, Certificates, backend_context, state
 from balancer.config import BackendTls, Config, ConfigError, Server
 from balancer.sticky import Sticky
+
+LONGEST_SECRET = 4096  # octets
 
 Signature = tuple[tuple[int, ...], ...]
 
@@ -86,7 +88,8 @@ class Keys:
         secret = self._made_up
         if settings.secret_file:
             try:
-                secret = Path(settings.secret_file).read_bytes().strip()
+                with open(settings.secret_file, "rb", opener=_without_waiting) as file:
+                    secret = file.read(LONGEST_SECRET).strip()
             except OSError as error:
                 raise ConfigError(f"{place}.secret_file: {settings.secret_file}: {error.strerror}") from None
         try:
@@ -101,3 +104,7 @@ class Keys:
             return backend_context(tls, http=self._config.mode == "http")
         except BadCertificate as error:
             raise ConfigError(f"{self._config.source}: servers[].tls.ca: {error}") from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would keep us waiting for its writer

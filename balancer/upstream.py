@@ -78,10 +78,10 @@ class Upstream:
 
     __slots__ = ("_owner", "backend", "deadline", "epoch", "fd", "reused", "sock")
 
-    def __init__(self, owner: Upstreams, backend: Backend, sock: Stream) -> None:
+    def __init__(self, owner: Upstreams, backend: Backend, sock: Stream, epoch: int) -> None:
         self._owner = owner
         self.backend = backend
-        self.epoch = backend.epoch
+        self.epoch = epoch  # of the backend's settings, when it was begun
         self.sock = sock
         self.fd = sock.fileno()
         self.reused = False
@@ -116,6 +116,7 @@ class Attempt:
         self._owner = owner
         self._seeker = seeker
         self._backend = backend
+        self._epoch = backend.epoch
         self._endpoints = list(backend.endpoints)
         self._sock: socket.socket | None = None
         self._handshake: Handshake | None = None
@@ -202,7 +203,7 @@ class Attempt:
 
     def _opened(self, stream: Stream) -> None:
         reactor = self._owner.reactor
-        upstream = Upstream(self._owner, self._backend, stream)
+        upstream = Upstream(self._owner, self._backend, stream, self._epoch)
         if upstream.fd in reactor.handlers:
             reactor.handlers[upstream.fd] = self._seeker.on_backend
             reactor.watch(upstream.fd, READ)
@@ -404,7 +405,7 @@ class Upstreams:
 
     def _serve_stranded(self) -> None:
         for _ in range(len(self._stranded)):
-            backend = self._pool.lease(self._stranded[0].key)
+            backend = self._pool.lease(self._stranded[0].key, (), self._stranded[0].wanted)
             if backend is None:
                 break
             self._serve(self._stranded.popleft(), backend)

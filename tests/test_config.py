@@ -1084,7 +1084,7 @@ def test_a_flag_mends_a_clash_of_the_file() -> None:
         ),
         (
             top(mode="tcp", algorithm="hash", hash_on="path"),
-            'hash_on: needs to read requests, which mode "tcp" does not; remove it',
+            'algorithm: "hash" needs to read requests, which mode "tcp" does not; "ip_hash" does not',
         ),
         (
             tls(redirect_from="80") | {"mode": "tcp"},
