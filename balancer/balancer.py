@@ -39,7 +39,7 @@ from balancer.upstream import Upstreams
 READY_PATIENCE = 5.0  # seconds that commands are given to answer before the first client is accepted
 CUT_PATIENCE = 5.0  # seconds that sessions which were cut are given to end
 HANDSHAKE_THREADS = 2  # TLS handshakes are computed on these
-HANDSHAKES = 512  # with clients, under way at once; others wait
+HANDSHAKES = 2048  # with clients, under way at once; others wait
 DESCRIPTORS_APART = 100  # for the log, the probes, the children, the interpreter
 
 

@@ -15,7 +15,7 @@ from balancer.checks import format_address
 from balancer.frontend import Frontend, MakeSession, Session
 from balancer.proxy_protocol import Address, ProxyError, parse
 from balancer.reactor import NEVER, READ
-from balancer.stream import HTTP, UNUSED, Handshake, Stream
+from balancer.stream import CLOSED, HTTP, LATE, UNUSED, Handshake, Stream
 
 LONGEST_HEADER = 65551  # octets of a PROXY header
 
@@ -73,7 +73,7 @@ class Greeting:
         """It has no backend yet."""
 
     def kill(self) -> None:
-        self._give_up("KR", "the balancer stops")
+        self._give_up("KR", "the balancer stops", quietly=True)
 
     def expired(self, now: float) -> None:
         if self._handshake is None or not self._begun:  # else it is the handshake that has a deadline
@@ -146,7 +146,8 @@ class Greeting:
             self._make_session = refusal
             self._hand_over(self._sock)
         else:
-            self._give_up("PR" if begun else "CR", f"TLS: {reason}")
+            code = "cR" if reason.startswith(LATE) else "CR" if reason == CLOSED else "PR"
+            self._give_up(code, f"TLS: {reason}", quietly=not begun)
 
     def _hand_over(self, stream: Stream) -> None:
         self._ended = True
@@ -156,8 +157,10 @@ class Greeting:
         self._on_done(self, session)
         self._front.reactor.call(session.start)
 
-    def _give_up(self, code: str, reason: str) -> None:
+    def _give_up(self, code: str, reason: str, *, quietly: bool | None = None) -> None:
         """Close, and say so in the log; but a connection on which nothing came is no error (browsers open some)."""
+        if quietly is None:
+            quietly = code != "PR" and not self._begun
         if self._ended:
             return
         self._ended = True
@@ -171,7 +174,7 @@ class Greeting:
             if self._sock.fileno() in front.reactor.handlers:
                 front.reactor.remove(self._sock.fileno())
             self._sock.close()
-        if self._header or code == "PR":
+        if not quietly:
             record = (
                 time.time(),
                 format_address(*self._address),

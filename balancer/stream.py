@@ -18,7 +18,7 @@ The rules that keep this right:
 - So whenever the lock is free and something is due, either `_sending` is true, or `_armed`: the reactor watches a
   duplicate of the descriptor until it is writable. (A duplicate, for the descriptor itself may be registered by its
   owner; and it is unregistered before it is closed, since epoll forgets a connection only with its last descriptor.)
-- What has been read from the kernel is decrypted at once, all of it: close_notify cannot be sent with data before it.
+- What the SSL object is given it decrypts before the lock is left: it cannot write close_notify while data waits there.
 
 A handshake reads by MSG_PEEK and takes from the kernel only what it consumed: data behind its last flight is announced
 to whoever registers the descriptor next. While a thread of the `Handshaker` computes, it owns the socket.
@@ -48,11 +48,13 @@ LEAST = RECORD + 512  # octets of ciphertext asked for at once: any record, howe
 GULP = MOST + (MOST >> 4)  # octets of ciphertext asked for at once: what MOST octets become, and to spare
 MOST_DUE = 2 * MOST  # octets that may be due: a peer that asks for key updates and does not read makes them more
 FLIGHT = 16384  # octets of a handshake taken at once
-MANNERS = 1.0  # seconds that a client may keep us waiting within its handshake while others wait for room
+MANNERS = 0.5  # seconds that a client may keep us waiting within its handshake while others wait for room
 FLUSH = 60.0  # seconds that a connection which was closed may take to pass on what is due
 RETRY = 0.2  # seconds until a duplicate descriptor is tried again, when none could be had
 
 HTTP = "http"  # why a handshake failed: it was plain HTTP. The socket is open and unread
+LATE = "not complete within"  # how the reason begins when time was over
+CLOSED = "closed within the handshake"
 UNUSED = "closed before a handshake"  # why it failed: nothing came at all
 
 # Plain integers: an operator of the enumeration that these are of takes a microsecond.
@@ -587,7 +589,7 @@ class Handshake:
 
     def expired(self, now: float) -> None:
         if not self._stepping:  # else `stepped` looks at the clock
-            self._fail(f"not complete within {self._timeout:g} s")
+            self._fail(f"{LATE} {self._timeout:g} s")
 
     def crashed(self, error: Exception) -> None:
         if not self._over:
@@ -637,7 +639,7 @@ class Handshake:
 
     def _fail(self, problem: str) -> None:
         self._leave()
-        if problem is not HTTP:
+        if problem != HTTP:
             self._sock.close()
         self._home.reactor.call(self._on_failed, problem)
 
@@ -664,7 +666,7 @@ class Handshake:
             except BlockingIOError:
                 return READ
             if not arrived:
-                raise _Failed("closed within the handshake" if self._tls is not None else UNUSED)
+                raise _Failed(CLOSED if self._tls is not None else UNUSED)
             self._incoming.write(arrived)
         if self._tls is None:
             if self.server_side and (self._first or arrived)[:1].isalpha():

@@ -39,7 +39,8 @@ def test_a_refused_upload_ends_however_much_still_comes(tmp_path):
     """Each segment behind a 413 was taken for a piece of the body, answered, logged, and given more time."""
     with (
         FakeBackend(OK) as fake,
-        running(tmp_path, [("127.0.0.1", fake.port)], limits={"body_bytes": 1000}) as balancer,connect(balancer) as sock
+        running(tmp_path, [("127.0.0.1", fake.port)], limits={"body_bytes": 1000}) as balancer,
+        connect(balancer) as sock,
     ):
         sock.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3e9\r\n")
         assert read_response(sock).status == 413
@@ -67,7 +68,9 @@ def test_after_a_request_by_a_proxy_the_next_one_is_its_own(tmp_path):
 def test_a_connection_that_was_in_hand_is_not_kept_when_it_should_have_been_encrypted(tmp_path):
     with (
         FakeBackend(OK) as fake,
-        running(tmp_path, [("127.0.0.1", fake.port)], health_check={"interval": 60}) as balancer,
+        running(
+            tmp_path, [("127.0.0.1", fake.port)], health_check={"interval": 60}, timeouts={"connect": 0.3}
+        ) as balancer,
     ):
         with connect(balancer) as sock:
             ask(sock)
