@@ -73,7 +73,7 @@ class Greeting:
         """It has no backend yet."""
 
     def kill(self) -> None:
-        self._give_up("KR", "the balancer stops", quietly=True)
+        self._give_up("KR", "the balancer stops", quietly=not self._header)
 
     def expired(self, now: float) -> None:
         if self._handshake is None or not self._begun:  # else it is the handshake that has a deadline
