@@ -167,6 +167,7 @@ def backend_context(tls: BackendTls, *, http: bool) -> ssl.SSLContext:
     To make it takes some 50 ms where the system's authorities are loaded. Raises BadCertificate for the `ca` file.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.options |= ssl.OP_NO_RENEGOTIATION  # which a connection that two threads use could not go along with
     if http:
         context.set_alpn_protocols(["http/1.1"])
     if not tls.verify:
