@@ -18,6 +18,7 @@ from balancer.certificates import server_name
 from balancer.config import COMMAND_LINE, Config, ConfigError, Server, format_address
 from balancer.control import Control
 from balancer.frontend import Frontend
+from balancer.handshake import Handshaker
 from balancer.health import HealthChecker
 from balancer.http1 import AnswerReader, HeadLimits
 from balancer.http_session import HttpSession, PlainHttpSession
@@ -31,7 +32,6 @@ from balancer.reactor import Reactor
 from balancer.reload import Difference, Watcher, applicable, difference
 from balancer.scaling import Load, Scaler
 from balancer.status import Status
-from balancer.stream import Handshaker
 from balancer.supervisor import Supervisor
 from balancer.tcp_session import TcpSession
 from balancer.upstream import Upstreams

@@ -13,6 +13,7 @@ from balancer.backend import Backend
 from balancer.clients import plain_address
 from balancer.config import Config
 from balancer.explain import Incident, Incidents, Trail
+from balancer.handshake import Handshaker
 from balancer.http1 import HeadLimits, KnownFields
 from balancer.journal import Exchange, Journal
 from balancer.metrics import Tally
@@ -21,7 +22,7 @@ from balancer.proxy_protocol import Address
 from balancer.pump import Pumps
 from balancer.reactor import Reactor, Timed
 from balancer.sticky import Sticky
-from balancer.stream import Handshaker, Stream
+from balancer.stream import Stream
 from balancer.upstream import Upstreams
 
 # Seconds that a kept-alive connection without a request is left open when a stop begins: a request that is on its way

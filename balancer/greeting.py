@@ -13,9 +13,10 @@ from collections.abc import Callable
 from balancer.backend import Backend
 from balancer.checks import format_address
 from balancer.frontend import Frontend, MakeSession, Session
+from balancer.handshake import CLOSED, HTTP, LATE, UNUSED, Handshake
 from balancer.proxy_protocol import Address, ProxyError, parse
 from balancer.reactor import NEVER, READ
-from balancer.stream import CLOSED, HTTP, LATE, UNUSED, Handshake, Stream
+from balancer.stream import Stream
 
 LONGEST_HEADER = 65551  # octets of a PROXY header
 

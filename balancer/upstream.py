@@ -28,11 +28,12 @@ from typing import Protocol
 from balancer.backend import Backend, TlsFailure, connect_failure
 from balancer.config import Limits, Timeouts
 from balancer.explain import Trail
+from balancer.handshake import Handshake, Handshaker
 from balancer.pool import Pool
 from balancer.proxy_protocol import Address, v1, v2
 from balancer.pump import RESET
 from balancer.reactor import NEVER, READ, WRITE, Reactor
-from balancer.stream import Handshake, Handshaker, Stream
+from balancer.stream import Stream
 
 # Seconds that an idle connection is kept: less than the keep-alive of common application servers (uvicorn and Node
 # close after 5), so that it is us who close, and not they at the moment when a request is on its way.

@@ -20,7 +20,10 @@ FLOORS = (
     ),
     ("balancer.backend", "balancer.pickers", "balancer.hashing"),
     ("balancer.explain", "balancer.pool"),
-    ("balancer.reactor", "balancer.stream", "balancer.pump", "balancer.upstream", "balancer.health"),
+    (
+        *("balancer.reactor", "balancer.stream", "balancer.handshake"),
+        *("balancer.pump", "balancer.upstream", "balancer.health"),
+    ),
     ("balancer.frontend", "balancer.tunnel", "balancer.tcp_session", "balancer.http_session", "balancer.greeting"),
     ("balancer.listener", "balancer.reload", "balancer.supervisor", "balancer.scaling"),
     ("balancer.status", "balancer.control", "balancer.gate", "balancer.api", "balancer.admin", "balancer.remote"),

@@ -212,7 +212,7 @@ class Tour:
         """Close every terminal."""
         for terminal in self._terminals:
             try:
-                os.killpg(terminal.pid, signal.SIGHUP)
+                os.killpg(terminal.pid, signal.SIGTERM)  # a hangup is ignored by all that `nohup` has started
             except ProcessLookupError:
                 continue  # nothing was left running in it
         if self._serving:

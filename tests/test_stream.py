@@ -25,9 +25,10 @@ import pytest
 
 from balancer import stream as stream_module
 from balancer.framing import LengthBody, as_is
+from balancer.handshake import HTTP, UNUSED, Handshake, Handshaker
 from balancer.pump import End, Flow, Pumps, relay_body, relay_stream
 from balancer.reactor import READ, WRITE, Reactor
-from balancer.stream import HTTP, MOST, RECORD, UNUSED, Handshake, Handshaker, TlsBroken, TlsStream, TlsTruncated
+from balancer.stream import MOST, RECORD, TlsBroken, TlsStream, TlsTruncated
 from conftest import PATIENCE, eventually
 
 CERTIFICATES = Path(__file__).parent / "data" / "certificates"

@@ -35,8 +35,9 @@ from backend_server import BINARY, CLOSE, Backend, frame, mask, pattern, serving
 from balancer import reload, upstream
 from balancer.balancer import HANDSHAKE_THREADS, HANDSHAKES, LoadBalancer
 from balancer.config import Config, load
+from balancer.handshake import Handshake
 from balancer.http_session import HttpSession
-from balancer.stream import Handshake, TlsStream
+from balancer.stream import TlsStream
 from balancing import connect, log_lines, running
 from conftest import PATIENCE, eventually
 from fakes import Answer, Connection, FakeBackend, hang_up, read_response

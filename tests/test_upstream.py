@@ -18,10 +18,10 @@ from balancer import upstream as upstream_module
 from balancer.backend import Admin, Backend
 from balancer.config import Limits, Server, Timeouts
 from balancer.explain import Trail
+from balancer.handshake import Handshaker
 from balancer.pickers import RoundRobin
 from balancer.pool import Pool
 from balancer.reactor import NEVER, READ, Reactor
-from balancer.stream import Handshaker
 from balancer.upstream import NONE_AVAILABLE, QUEUE_FULL, QUEUED_IN_VAIN, Attempt, Refusal, Upstream, Upstreams
 from conftest import PATIENCE, eventually
 
