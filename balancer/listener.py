@@ -106,7 +106,7 @@ class Listener:
     def allow(self, most: int) -> None:
         """Have at most so many connections at once; who is here already stays."""
         self.most = most
-        if not self._accepting and len(self.sessions) < most and self.deadline is NEVER:
+        if self in self._reactor.timed and len(self.sessions) < most and self.deadline is NEVER:
             self._accept_again()
 
     def kill(self) -> int:
