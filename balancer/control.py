@@ -1,7 +1,8 @@
 """What an operator may do to a running balancer: every change is another configuration, swapped in whole.
 
-A change that is not written to the file lasts until the file is loaded again: then the file says what there is. State
-(ready, drain, maint) is no configuration and stays with its backend, as long as that stays.
+A change that is not written to the file lasts until the file itself changes, or is loaded because somebody asks for
+that: then the file says what there is. State (ready, drain, maint) is no configuration and stays with its backend, as
+long as that stays.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class Frontend:
         self.pumps = pumps
         self.handshaker = handshaker
         self.tls_context: ssl.SSLContext | None = None  # None: clients speak in the clear
-        self.redirects_to: bytes | None = None  # https://host:port of a listener that does nothing else
+        self.redirects_to: bytes | None = None  # ":PORT" of https://, or nothing for 443: clients are sent there
         self.sticky: Sticky | None = None
         self.sticks: dict[str, Backend] = {}  # by the value of the cookie
         self.make_refusal: MakeSession | None = None  # a session for those who speak HTTP where TLS is due

@@ -64,9 +64,9 @@ class Tally:
         self.failures = 0  # that have no 5xx: nothing or not all of the answer came, a TCP connection was broken off
         self.connect_errors = 0  # connections that could not be made
         self.response_errors = 0  # answers that were malformed, were cut, or did not come
-        self.retries = 0  # exchanges that were tried again after this backend had failed them
-        self.redispatches = 0  # exchanges that went on to another backend
-        self.check_failures = 0  # probes that did not pass, and connections that counted as such
+        self.retries = 0  # exchanges begun again with this backend, as a kept connection to it turned out closed
+        self.redispatches = 0  # exchanges that went on to another backend after this one had failed them
+        self.check_failures = 0  # probes that did not pass while it was up, and connections that counted as such
         self.up_down = 0  # changes from up to down
         self.downtime = 0.0  # seconds down, of periods that are over
         self.sessions = 0  # leases ever

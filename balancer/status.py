@@ -11,8 +11,6 @@ Names and meanings that begin with haproxy_ are those of HAProxy's own exporter 
   those of the whole stream.
 - The balancer's own refusals count for the frontend; those that tell of a failure (5xx) for the backend too, because
   most of them say that no server was to be had.
-- A retry goes to another server, so it counts as a retry and as a redispatch; a request that is sent again because the
-  kept connection it was sent on turned out to be closed is neither.
 - Connections that fail count as failed probes, for that is how they are taken.
 - `check_failures_total` and `queue_limit` exist for the backend too.
 """
@@ -49,8 +47,8 @@ _COUNTERS = (
     ("sessions_total", "Requests given to a server, or connections in TCP mode.", "sessions"),
     ("connection_errors_total", "Attempts to connect to a server that failed.", "connect_errors"),
     ("response_errors_total", "Answers that were malformed, were cut or did not come.", "response_errors"),
-    ("retry_warnings_total", "Requests that were tried again after the server had failed them.", "retries"),
-    ("redispatch_warnings_total", "Requests that went on to another server.", "redispatches"),
+    ("retry_warnings_total", "Requests begun again with the same server, as a kept connection to it turned out closed.", "retries"),
+    ("redispatch_warnings_total", "Requests that went on to another server after this had failed them.", "redispatches"),
     ("check_failures_total", "Probes that did not pass, and connections that failed.", "check_failures"),
 )
 """Name, what it says, field of Tally: the same for one server and for all of them."""
