@@ -47,8 +47,8 @@ _COUNTERS = (
     ("sessions_total", "Requests given to a server, or connections in TCP mode.", "sessions"),
     ("connection_errors_total", "Attempts to connect to a server that failed.", "connect_errors"),
     ("response_errors_total", "Answers that were malformed, were cut or did not come.", "response_errors"),
-    ("retry_warnings_total", "Requests begun again with the same server, as a kept connection to it turned out closed.", "retries"),
-    ("redispatch_warnings_total", "Requests that went on to another server after this had failed them.", "redispatches"),
+    ("retry_warnings_total", "Requests begun again with it, as a kept connection was closed.", "retries"),
+    ("redispatch_warnings_total", "Requests that went on to another server after it failed.", "redispatches"),
     ("check_failures_total", "Probes that did not pass, and connections that failed.", "check_failures"),
 )
 """Name, what it says, field of Tally: the same for one server and for all of them."""
