@@ -31,6 +31,7 @@ class Operator:
     """Whoever has the token, at the operator's port of a program that was started with `--admin 127.0.0.1:0`."""
 
     def __init__(self, program: Program) -> None:
+        eventually(lambda: "status page" in program.out and program.out.endswith("\n"), "the line with its address")
         self.address = program.out.split("status page http://", 1)[1].split("/", 1)[0]
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
