@@ -14,7 +14,7 @@ from balancer.clients import plain_address
 from balancer.config import Config
 from balancer.explain import Incident, Incidents, Trail
 from balancer.handshake import Handshaker
-from balancer.http1 import HeadLimits, KnownFields
+from balancer.http1 import HeadLimits, Known, RequestReader
 from balancer.journal import Exchange, Journal
 from balancer.metrics import Tally
 from balancer.pool import Pool
@@ -28,6 +28,7 @@ from balancer.upstream import Upstreams
 # Seconds that a kept-alive connection without a request is left open when a stop begins: a request that is on its way
 # is answered, with `Connection: close`, where a close at once would lose it.
 DRAIN_GRACE = 0.25
+MOST_READERS = 1024  # addresses whose last head is remembered
 
 
 def own_end(stream: Stream) -> Address:
@@ -100,8 +101,9 @@ class Frontend:
         self.timeouts = config.timeouts
         self.limits = config.limits
         limits = config.limits
-        self.head_limits = HeadLimits(limits.head_bytes, limits.request_line_bytes, limits.fields)
-        self.known_fields: KnownFields = {}  # what they say depends on the limits
+        self._head_limits = HeadLimits(limits.head_bytes, limits.request_line_bytes, limits.fields)
+        self._known = Known()  # what lines say depends on the limits
+        self._readers: dict[str, RequestReader] = {}  # by the client's address
         admission.begin()
         self.admission = admission
         self.proxied = admission.proxied
@@ -118,9 +120,22 @@ class Frontend:
         steps = tuple(trail.steps) if trail is not None else ()
         self.incidents.keep(Incident(record, self.policy, told, began, steps, self.pool.standings()))
 
-    @property
-    def proto(self) -> bytes:
-        return b"http" if self.tls_context is None else b"https"
+    def reader(self, peer: str) -> RequestReader:
+        """What reads the requests of all connections from this address, until the settings are others."""
+        reader = self._readers.get(peer)
+        if reader is None:
+            if len(self._readers) >= MOST_READERS:
+                self._readers.clear()
+            reader = self._readers[peer] = RequestReader(
+                peer.encode(),
+                b"http" if self.tls_context is None else b"https",
+                self.authority,
+                self._head_limits,
+                self._known,
+                trusts=peer in self.admission.trusted,
+                forwarded=self.forwarded,
+            )
+        return reader
 
     def request_id(self) -> str:
         """A name for one exchange, for the client and the log, unlike any other of this or another run."""

@@ -13,18 +13,19 @@ The rules that keep two readers of the same octets from seeing different message
 - a request's field whose name is that of one of these but for the signs between its words, like Content_Length or
   X_Forwarded_For, is dropped: behind CGI and its heirs, which spell every sign as "_", it would be taken for the other.
 
-On a kept-alive connection the next head is nearly always the last one again, and if not, its fields are. Each reader
-keeps its last head and its last block of fields with what came of them: comparing is a memcmp, parsing is not.
+On a kept-alive connection the next head is nearly always the last one again; if not, its fields are; and if not, most
+of its lines are. Each is remembered with what came of it: comparing and looking up are quick where parsing is not.
 What a head means depends on nothing but its octets and the reader's settings, so that a copy of it means the same.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from email.utils import formatdate
 from http import HTTPStatus
 from ipaddress import IPv6Address
+from itertools import filterfalse
 
 CHUNKED = -1  # a body's length where it is not a number of octets
 UNTIL_CLOSE = -2
@@ -37,6 +38,7 @@ REMEMBERED = 4096
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21\x22\x24-\x7e]+) HTTP/([0-9])\.([0-9])")
+_FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
 _BLOCK = re.compile(rb"(?:\r\n" + _TOKEN + rb":[^\r]*)*\r\n")
 _TEXT = bytes((0x09, *range(0x20, 0x7F), *range(0x80, 0x100)))  # the octets of a field's value
@@ -44,7 +46,6 @@ _ANY_FIELD = re.compile(rb"\r\n([^:]+):[^\r]*")
 # The fields that mean something to us begin with these letters; a look in a table tells which they are. Common ones
 # that mean nothing are passed over by what follows, which is faster than the look.
 _PASSED_OVER = rb"(?!ookie|ache-|ontent-[^Ll]|ser-|pgrade-|ragma|riority|-(?![Ff][Oo][Rr]))"
-_REQUEST_FIELD = re.compile(rb"\r\n([CEFHKMPTUXcefhkmptux]" + _PASSED_OVER + rb"[^:]*):([^\r]*)")
 _ANSWER_FIELD = re.compile(rb"\r\n([CKPTUckptu]" + _PASSED_OVER + rb"[^:]*):([^\r]*)")
 _HOST = re.compile(
     rb"(?:(?!:|\Z)[A-Za-z0-9\-._~!$&'()*+,;=]*(?:%[0-9A-Fa-f]{2}[A-Za-z0-9\-._~!$&'()*+,;=]*)*|\[([0-9A-Fa-f:.]+)\])"
@@ -114,16 +115,18 @@ class Request:
         "minor",
         "persistent",
         "plain",
+        "received",
         "target",
         "upgrade",
     )
 
+    received: bytes  # the head as it came, without an empty line before it
     method: bytes
     target: bytes  # for the backend, in origin form
     line: bytes  # the request line as it came, for the log
     minor: int  # of the client's HTTP/1.x
     head: bytes  # for the backend, complete with its empty line
-    fields: bytes  # those that go on unchanged, each after its CRLF
+    fields: bytes  # those that go on unchanged, each after its CRLF, and the last one before one
     length: int  # octets of the body, or CHUNKED
     persistent: bool  # may the connection stay after this exchange?
     expect: bool  # waits for 100 (Continue)
@@ -133,10 +136,22 @@ class Request:
     forwarded_for: bytes  # X-Forwarded-For as it came, where the peer is trusted to know
 
 
-class _RequestFields:
-    """What a block of fields says, whatever the request line before it."""
+class _Meaning:
+    """What the fields say that mean something to us, whatever the request line and the fields beside them."""
 
-    __slots__ = ("claims", "close", "expect", "forward", "hops", "host", "keep_alive", "length", "modern", "upgrade")
+    __slots__ = (
+        "claims",
+        "close",
+        "dropped",
+        "expect",
+        "framing",
+        "hops",
+        "host",
+        "keep_alive",
+        "length",
+        "modern",
+        "upgrade",
+    )
 
     claims: dict[bytes, bytes]  # what it says of who asks whom, which is believed only of some
     close: bool
@@ -146,38 +161,74 @@ class _RequestFields:
     host: bytes | None
     hops: int  # Max-Forwards, or -1
     length: int
-    forward: bytes  # what goes on unchanged, and the framing; from the CRLF before the first to the one after the last
+    framing: bytes  # the field that tells the backend the length, with its end
     modern: bytes  # fields for the backend that an HTTP/1.0 client has no say in
+    dropped: frozenset[bytes]  # names of further fields that Connection has listed
 
 
-KnownFields = dict[bytes, _RequestFields]
-MOST_KNOWN = 64  # blocks of fields that all connections remember together: clients of one kind send the same ones
+class Known:
+    """What was learnt of lines of fields, shared by all connections that keep to the same limits.
+
+    Clients of one kind send the same lines again and again, and between the requests of one client few change.
+    """
+
+    LINES = 1024
+    LONGEST = 256  # octets of a line that is remembered
+    MEANINGS = 64
+
+    __slots__ = ("meanings", "plain", "telling")
+
+    def __init__(self) -> None:
+        self.plain: set[bytes] = set()  # well formed lines that go on as they are
+        self.telling: dict[bytes, tuple[bytes, bytes]] = {}  # the others: name and value; no name for one to be dropped
+        self.meanings: dict[tuple[bytes, ...], _Meaning] = {}  # of all the telling lines of a head
+
+    def learn(self, line: bytes) -> tuple[bytes, bytes] | None:
+        """What a line says: name and value, or None if it is plain. ValueError where it is no field."""
+        match = _FIELD_LINE.fullmatch(line)
+        if match is None:
+            raise ValueError
+        name = match[1].lower()
+        said = None
+        if name in _REQUEST_NAMES:
+            said = name, match[2].strip(b" \t")
+        elif name.translate(_HYPHENATED) in _REQUEST_NAMES:
+            said = b"", b""
+        if len(line) <= self.LONGEST:
+            if len(self.plain) + len(self.telling) >= self.LINES:
+                self.plain.clear()
+                self.telling.clear()
+            if said is None:
+                self.plain.add(line)
+            else:
+                self.telling[line] = said
+        return said
 
 
 class RequestReader:
-    """Reads the request heads of one client connection.
+    """Reads the request heads of one client, on any number of connections.
 
     client: the address for X-Forwarded-For. proto: b"http" or b"https". authority: how the client reached us, for
-    HTTP/1.0 requests that name no host. known: what blocks of fields say, shared by connections that keep to the same
-    limits. trusts: whether the client is a proxy whose own X-Forwarded-* are believed and added to. forwarded: whether
-    the field of RFC 7239 is written too.
+    HTTP/1.0 requests that name no host. known: what lines say, shared by readers of the same limits. trusts: whether
+    the client is a proxy whose own X-Forwarded-* are believed and added to. forwarded: whether the field of RFC 7239 is
+    written too.
     """
 
     __slots__ = (
         "_authority",
         "_block",
         "_client",
+        "_ending",
+        "_ending_minor",
         "_fields",
         "_forwarded",
-        "_head",
         "_known",
+        "_last",
         "_limits",
+        "_meaning",
         "_proto",
         "_request",
-        "_scanned",
         "_suffix",
-        "_tail",
-        "_tail_minor",
         "_trusts",
     )
 
@@ -187,7 +238,7 @@ class RequestReader:
         proto: bytes,
         authority: bytes,
         limits: HeadLimits,
-        known: KnownFields | None = None,
+        known: Known | None = None,
         *,
         trusts: bool = False,
         forwarded: bool = False,
@@ -196,7 +247,7 @@ class RequestReader:
         self._proto = proto
         self._authority = authority
         self._limits = limits
-        self._known = {} if known is None else known
+        self._known = Known() if known is None else known
         self._trusts = trusts
         self._forwarded = forwarded
         self._suffix = b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Port: %b\r\nX-Forwarded-Host: " % (
@@ -204,37 +255,34 @@ class RequestReader:
             proto,
             authority.rpartition(b":")[2],
         )
-        self._scanned = 0  # octets of an unfinished head that were searched for its end
-        self._head: bytes | tuple[()] = ()  # the last head; nothing begins with one of none
+        self._last: bytes | tuple[()] = ()  # the last head; nothing begins with one of none
         self._request: Request | None = None
         self._block = b""  # the last block of fields
-        self._fields: _RequestFields | None = None
-        self._tail_minor = -1  # the minor version for which `_tail` was made of `_fields`
-        self._tail = b""  # all of the backend's head that follows the target
+        self._fields = b""  # what of it goes on unchanged
+        self._meaning: _Meaning | None = None
+        self._ending_minor = -1  # the minor version for which `_ending` was made of `_meaning`
+        self._ending = b""
 
-    def read(self, buffer: bytes) -> tuple[Request, int] | None:
+    def read(self, buffer: bytes, seen: int = 0) -> tuple[Request, int] | None:
         """The request at the buffer's beginning and the length of its head; None while it is not complete.
 
-        Between calls that return None the buffer may only grow.
+        `seen` octets of the buffer were there when the last call returned None, and are not searched again.
         """
-        if buffer.startswith(self._head):
-            return self._request, len(self._head)  # type: ignore[return-value]
+        if buffer.startswith(self._last):
+            return self._request, len(self._last)  # type: ignore[return-value]
         start = 2 if buffer.startswith(b"\r\n") else 0  # RFC 9112 section 2.2: one empty line is skipped
-        end = buffer.find(b"\r\n\r\n", max(start, self._scanned))
+        end = buffer.find(b"\r\n\r\n", max(start, seen - 3))
         if end < 0:
-            self._check_unfinished(buffer, start)
-            self._scanned = max(0, len(buffer) - 3)
-            self._head = ()  # or it would be found when it is whole, and `_scanned` would stay as it is
+            self._check_unfinished(buffer, start, seen)
             return None
-        self._scanned = 0
         head = buffer[start : end + 4]
         request = self._parse(head)
         if not start and len(head) <= REMEMBERED:
-            self._head = head
+            self._last = head
             self._request = request
         return request, end + 4
 
-    def _check_unfinished(self, buffer: bytes, start: int) -> None:
+    def _check_unfinished(self, buffer: bytes, start: int, seen: int) -> None:
         """Refuse as soon as it is clear that no whole head can come of it."""
         line_end = buffer.find(b"\r\n", start)
         if line_end == start:
@@ -243,7 +291,7 @@ class RequestReader:
             raise HttpError(414, "the request line is too long")
         if len(buffer) - start > self._limits.head:
             raise HttpError(431, "the head is too large")
-        if _LONE.search(buffer, max(start, self._scanned - 1)):
+        if _LONE.search(buffer, max(start, seen - 1)):
             raise HttpError(400, "a line does not end in CRLF, or holds a NUL")
 
     def _parse(self, head: bytes) -> Request:
@@ -265,60 +313,85 @@ class RequestReader:
             raise HttpError(405, "CONNECT is not offered")
 
         block = head[line_end:-2]
-        if block == self._block:
-            fields = self._fields
-            assert fields is not None
-        else:
-            fields = self._known.get(block) or self._parse_fields(block)
-            self._tail_minor = -1
-            if len(block) <= REMEMBERED:
-                if len(self._known) >= MOST_KNOWN:
-                    self._known.clear()
-                self._known[block] = self._fields = fields
-                self._block = block
-            else:
-                self._block = b""
-        if fields.length == CHUNKED and minor == 0:
+        if block != self._block:
+            self._understand(block)
+        meaning, fields = self._meaning, self._fields
+        assert meaning is not None
+        if meaning.length == CHUNKED and minor == 0:
             raise HttpError(400, "Transfer-Encoding in HTTP/1.0")
-        if fields.host is None and minor:
+        if meaning.host is None and minor:
             raise HttpError(400, "HTTP/1.1 without a Host field")
-        host = None
-        if target[:1] != b"/":
-            target, host = _origin_form(method, target)
-        if host is not None:
-            tail = self._make_tail(fields, host, minor)
+        host = meaning.host or self._authority
+        if target[:1] == b"/":
+            if self._ending_minor != minor:
+                self._ending = self._make_ending(meaning, host, minor)
+                self._ending_minor = minor
+            ending = self._ending
         else:
-            if self._tail_minor != minor:
-                self._tail = self._make_tail(fields, fields.host or self._authority, minor)
-                self._tail_minor = minor
-            tail = self._tail
-        if fields.hops >= 0 and method in (b"TRACE", b"OPTIONS"):
-            tail = _one_hop_less(method, tail, fields.hops)
+            target, named = _origin_form(method, target)
+            host = host if named is None else named
+            ending = self._make_ending(meaning, host, minor)
+        if meaning.hops >= 0 and method in (b"TRACE", b"OPTIONS"):
+            fields = _one_hop_less(method, fields, meaning.hops)
 
         request = Request()
+        request.received = head
         request.method = method
         request.line = line
         request.target = target
-        request.fields = fields.forward
+        request.fields = fields
         request.minor = minor
-        request.head = b"".join((method, b" ", target, tail))
-        request.length = fields.length
+        request.head = b"".join((method, b" ", target, b" HTTP/1.1\r\nHost: ", host, fields, ending))
+        request.length = meaning.length
         request.idempotent = method in IDEMPOTENT
         request.plain = minor == 1 and method != b"HEAD"
-        request.expect = fields.expect and minor == 1
-        request.upgrade = fields.upgrade and minor == 1
-        request.persistent = not fields.close and (minor == 1 or fields.keep_alive)
-        request.forwarded_for = fields.claims.get(b"x-forwarded-for", b"") if self._trusts else b""
+        request.expect = meaning.expect and minor == 1
+        request.upgrade = meaning.upgrade and minor == 1
+        request.persistent = not meaning.close and (minor == 1 or meaning.keep_alive)
+        request.forwarded_for = meaning.claims.get(b"x-forwarded-for", b"") if self._trusts else b""
         return request
 
-    def _make_tail(self, fields: _RequestFields, host: bytes, minor: int) -> bytes:
-        modern = fields.modern if minor else b""
-        via = b"\r\nVia: 1.1 lb\r\n\r\n" if minor else b"\r\nVia: 1.0 lb\r\n\r\n"
-        return b"".join((b" HTTP/1.1\r\nHost: ", host, fields.forward, modern, self._forwarding(fields, host), via))
+    def _understand(self, block: bytes) -> None:
+        """What a block of fields means, and what of it goes on unchanged."""
+        self._block = b""  # whatever happens, it does not stand for what the last one meant
+        lines = block.split(b"\r\n")  # with nothing before the first CRLF, and nothing after the last
+        if len(lines) - 2 > self._limits.fields:
+            raise HttpError(431, "too many fields")
+        known = self._known
+        telling = []
+        for line in filterfalse(known.plain.__contains__, lines[1:-1]):
+            try:
+                said = known.telling.get(line) or known.learn(line)
+            except ValueError:
+                raise HttpError(400, _what_is_wrong(block)) from None
+            if said is not None:
+                telling.append(line)
+                if said[0] != b"max-forwards":
+                    lines.remove(line)
+        meaning = known.meanings.get(key := tuple(telling))
+        if meaning is None:
+            meaning = _meaning(known.telling.get(line) or known.learn(line) for line in telling)
+            if len(known.meanings) >= known.MEANINGS:
+                known.meanings.clear()
+            if sum(map(len, key)) <= known.LONGEST:
+                known.meanings[key] = meaning
+        self._fields = b"\r\n".join(lines)
+        if meaning.dropped:
+            self._fields = _without(self._fields, meaning.dropped)
+        self._meaning = meaning
+        self._ending_minor = -1
+        if len(block) <= REMEMBERED:
+            self._block = block
 
-    def _forwarding(self, fields: _RequestFields, host: bytes) -> bytes:
+    def _make_ending(self, meaning: _Meaning, host: bytes, minor: int) -> bytes:
+        """All of the backend's head that follows the fields that go on unchanged."""
+        modern = meaning.modern if minor else b""
+        via = b"\r\nVia: 1.1 lb\r\n\r\n" if minor else b"\r\nVia: 1.0 lb\r\n\r\n"
+        return b"".join((meaning.framing, modern, self._forwarding(meaning, host), via))
+
+    def _forwarding(self, meaning: _Meaning, host: bytes) -> bytes:
         """The fields that tell the backend who asks, without the last line's end."""
-        claims = fields.claims if self._trusts else {}
+        claims = meaning.claims if self._trusts else {}
         if not claims and not self._forwarded:
             return self._suffix + host
         given = claims.get
@@ -335,69 +408,57 @@ class RequestReader:
             lines.append(b"Forwarded: %b" % (b"%b, %b" % (before, element) if before else element))
         return b"\r\n".join(lines)
 
-    def _parse_fields(self, block: bytes) -> _RequestFields:
-        _check_block(block, self._limits.fields)
-        fields = _RequestFields()
-        fields.host = None
-        fields.claims = {}
-        fields.expect = False
-        fields.hops = -1
-        options: list[bytes] = []
-        upgrades: list[bytes] = []
-        lengths: list[bytes] = []
-        codings: list[bytes] = []
-        parts = iter(_REQUEST_FIELD.split(block))
-        kept = [next(parts)]
-        for spelt, value, following in zip(parts, parts, parts):  # noqa: B905 - the pattern's groups see to it
-            name = spelt.lower()
-            if name not in _REQUEST_NAMES:
-                if name.translate(_HYPHENATED) not in _REQUEST_NAMES:
-                    kept += (b"\r\n", spelt, b":", value)
-            elif name in _FORWARDED:
-                value = value.strip(b" \t")
-                before = fields.claims.get(name)
-                fields.claims[name] = b"%b, %b" % (before, value) if before else value
-            elif name == b"host":
-                if fields.host is not None:
-                    raise HttpError(400, "two Host fields")
-                fields.host = _host(value.strip(b" \t"))
-            elif name == b"connection":
-                options += _list(value.lower())
-            elif name == b"content-length":
-                lengths.append(value.strip(b" \t"))
-            elif name == b"transfer-encoding":
-                codings += value.lower().split(b",")
-            elif name == b"expect":
-                if value.strip(b" \t").lower() != b"100-continue":
-                    raise HttpError(417, "the only expectation known is 100-continue")
-                fields.expect = True
-            elif name == b"upgrade":
-                # HTTP/2 in clear text is not passed on: what came after it would be read by nobody here.
-                upgrades += [protocol for protocol in _list(value) if protocol.lower() != b"h2c"]
-            elif name == b"max-forwards":
-                kept += (b"\r\n", spelt, b":", value)
-                if _DIGITS.fullmatch(hops := value.strip(b" \t")):
-                    fields.hops = int(hops) if fields.hops < 0 else min(fields.hops, int(hops))
-            kept.append(following)
-        fields.close = b"close" in options
-        fields.keep_alive = b"keep-alive" in options
-        fields.upgrade = b"upgrade" in options and upgrades != []
-        fields.modern = b"Expect: 100-continue\r\n" if fields.expect else b""
-        if fields.upgrade:
-            fields.modern += b"Connection: Upgrade\r\nUpgrade: %b\r\n" % b", ".join(upgrades)
-        fields.length = 0
-        framing = b""
-        if codings:
-            fields.length = _transfer_coding(codings, lengths)
-            framing = b"Transfer-Encoding: chunked\r\n"
-        elif lengths:
-            fields.length = _content_length(lengths)
-            framing = b"Content-Length: %d\r\n" % fields.length
-        fields.forward = b"".join(kept)
-        if not _REQUEST_STAYS.issuperset(options):
-            fields.forward = _without(fields.forward, set(options) - _REQUEST_STAYS)
-        fields.forward += framing
-        return fields
+
+def _meaning(said: Iterable[tuple[bytes, bytes] | None]) -> _Meaning:
+    """What the telling lines of a head say together. HttpError where that is not allowed, or not one thing."""
+    meaning = _Meaning()
+    meaning.host = None
+    meaning.claims = {}
+    meaning.expect = False
+    meaning.hops = -1
+    options: list[bytes] = []
+    upgrades: list[bytes] = []
+    lengths: list[bytes] = []
+    codings: list[bytes] = []
+    for name, value in filter(None, said):
+        if name in _FORWARDED:
+            before = meaning.claims.get(name)
+            meaning.claims[name] = b"%b, %b" % (before, value) if before else value
+        elif name == b"host":
+            if meaning.host is not None:
+                raise HttpError(400, "two Host fields")
+            meaning.host = _host(value)
+        elif name == b"connection":
+            options += _list(value.lower())
+        elif name == b"content-length":
+            lengths.append(value)
+        elif name == b"transfer-encoding":
+            codings += value.lower().split(b",")
+        elif name == b"expect":
+            if value.lower() != b"100-continue":
+                raise HttpError(417, "the only expectation known is 100-continue")
+            meaning.expect = True
+        elif name == b"upgrade":
+            # HTTP/2 in clear text is not passed on: what came after it would be read by nobody here.
+            upgrades += [protocol for protocol in _list(value) if protocol.lower() != b"h2c"]
+        elif name == b"max-forwards" and _DIGITS.fullmatch(value):
+            meaning.hops = int(value) if meaning.hops < 0 else min(meaning.hops, int(value))
+    meaning.close = b"close" in options
+    meaning.keep_alive = b"keep-alive" in options
+    meaning.upgrade = b"upgrade" in options and upgrades != []
+    meaning.modern = b"Expect: 100-continue\r\n" if meaning.expect else b""
+    if meaning.upgrade:
+        meaning.modern += b"Connection: Upgrade\r\nUpgrade: %b\r\n" % b", ".join(upgrades)
+    meaning.length = 0
+    meaning.framing = b""
+    if codings:
+        meaning.length = _transfer_coding(codings, lengths)
+        meaning.framing = b"Transfer-Encoding: chunked\r\n"
+    elif lengths:
+        meaning.length = _content_length(lengths)
+        meaning.framing = b"Content-Length: %d\r\n" % meaning.length
+    meaning.dropped = frozenset(options) - _REQUEST_STAYS
+    return meaning
 
 
 def forwarded_element(client: bytes, host: bytes, proto: bytes) -> bytes:
@@ -422,22 +483,27 @@ class Answer:
 
 
 class AnswerReader:
-    """Reads the answer heads of one backend."""
+    """Reads the answer heads of one backend.
 
-    __slots__ = ("_answer", "_head", "_limits")
+    head    the last one, which `answer` stands for; nothing begins with one of none
+    whole   octets of a message with that head, where all there is to do with it is to pass it on; else -1
+    """
+
+    __slots__ = ("_limits", "answer", "head", "whole")
 
     def __init__(self, limits: HeadLimits) -> None:
         self._limits = limits
-        self._head: bytes | tuple[()] = ()
-        self._answer: Answer | None = None
+        self.head: bytes | tuple[()] = ()
+        self.whole = -1
+        self.answer: Answer | None = None
 
     def read(self, buffer: bytes, seen: int = 0) -> tuple[Answer, int] | None:
         """The answer at the buffer's beginning and the length of its head; None while it is not complete.
 
         `seen` octets of the buffer were there when the last call returned None, and are not searched again.
         """
-        if buffer.startswith(self._head):
-            return self._answer, len(self._head)  # type: ignore[return-value]
+        if buffer.startswith(self.head):
+            return self.answer, len(self.head)  # type: ignore[return-value]
         end = buffer.find(b"\r\n\r\n", max(0, seen - 3))
         if (end + 4 if end >= 0 else len(buffer)) > self._limits.head:
             raise BadAnswer("the backend's head is too large")
@@ -448,9 +514,9 @@ class AnswerReader:
                 raise BadAnswer("a line of the backend's head does not end in CRLF, or holds a NUL")
             return None
         head = buffer[: end + 4]
-        answer = self._parse(head)
-        self._head = head
-        self._answer = answer
+        self.answer = answer = self._parse(head)
+        self.head = head
+        self.whole = len(head) + answer.length if answer.plain else -1
         return answer, end + 4
 
     def _parse(self, head: bytes) -> Answer:
@@ -660,14 +726,14 @@ def _origin_form(method: bytes, target: bytes) -> tuple[bytes, bytes | None]:
     return (path if path[:1] == b"/" else b"/" + path), host
 
 
-def _one_hop_less(method: bytes, tail: bytes, hops: int) -> bytes:
+def _one_hop_less(method: bytes, fields: bytes, hops: int) -> bytes:
     """Max-Forwards counted down. At zero we are the last recipient (RFC 9110 section 7.6.2).
 
     As such we say what is offered; a TRACE is not sent back, since it may hold what its sender's scripts must not read.
     """
     if hops == 0:
         raise HttpError(200 if method == b"OPTIONS" else 405, "Max-Forwards is 0: the request ends here")
-    return re.sub(rb"(?i)(\r\nmax-forwards:)[^\r]*", b"\\1 %d" % (hops - 1), tail)
+    return re.sub(rb"(?i)(\r\nmax-forwards:)[^\r]*", b"\\1 %d" % (hops - 1), fields)
 
 
 def _list(value: bytes) -> list[bytes]:
@@ -691,6 +757,6 @@ def _transfer_coding(codings: list[bytes], lengths: list[bytes]) -> int:
     return CHUNKED
 
 
-def _without(block: bytes, names: set[bytes]) -> bytes:
+def _without(block: bytes, names: Set[bytes]) -> bytes:
     """The block without the fields of these names, which are in lower case."""
     return _ANY_FIELD.sub(lambda field: b"" if field[1].lower() in names else field[0], block)

@@ -16,6 +16,11 @@ nothing here receives from its source or sends to its sink; the sockets are clos
 
 A request is sent again, to the same or another backend, only while nothing of an answer has come and all of the
 request is in `_up_first`; see `_may_repeat`.
+
+Nearly all exchanges are *plain*: the request was sent whole, nothing else has happened until the answer comes, and that
+comes whole, with a head that the backend has sent before. `_plain` says that the first half was so, and whatever else
+happens clears it; `_pass_on` is the second half, and does what the general case would do. `_known` is a client's last
+head, if that began a plain exchange.
 """
 
 from __future__ import annotations
@@ -36,11 +41,11 @@ from balancer.frontend import Frontend, own_end
 from balancer.hashing import key_of
 from balancer.http1 import (
     CHUNKED,
+    REMEMBERED,
     Answer,
     BadAnswer,
     HttpError,
     Request,
-    RequestReader,
     answer_head,
     interim_head,
     own_answer,
@@ -98,16 +103,20 @@ class HttpSession:
         "_fd",
         "_front",
         "_head_after",
+        "_known",
+        "_known_request",
         "_number",
         "_octets_in",
         "_octets_out",
         "_peer",
         "_persistent",
+        "_plain",
         "_reactor",
         "_reader",
         "_reading",
         "_request",
         "_request_id",
+        "_seen",
         "_sock",
         "_source",
         "_state",
@@ -142,10 +151,12 @@ class HttpSession:
         self._address = self._source = address  # the peer's, and the client's
         self._client = format_address(address[0], address[1])
         self._counted = False  # among the connections of its client
-        self._reader = self._make_reader()
+        self._reader = front.reader(self._peer)
+        self._known: bytes | None = None
         self._reading = False  # is the client's descriptor registered?
         self._state = IDLE
         self._buffer = b""  # what came from the client and is not consumed: a head begun, or pipelined requests
+        self._seen = 0  # octets of it that hold no whole head
         self.deadline = NEVER
         self.attempt: Attempt | None = None
         self.tried: list[Backend] = []
@@ -158,18 +169,6 @@ class HttpSession:
         self._request: Request | None = None
         self._begin_exchange()
 
-    def _make_reader(self) -> RequestReader:
-        front = self._front
-        return RequestReader(
-            self._peer.encode(),
-            front.proto,
-            front.authority,
-            front.head_limits,
-            front.known_fields,
-            trusts=self._peer in front.admission.trusted,
-            forwarded=front.forwarded,
-        )
-
     def _begin_exchange(self) -> None:
         """Forget the last exchange."""
         if self.tried:
@@ -177,6 +176,7 @@ class HttpSession:
         if self._source is not self._address:
             self._source = self._address
             self._client = format_address(*self._address)
+        self._plain = False
         self._began = NEVER  # when the request's first octet was there
         self._head_after = -1.0
         self._connected_after = -1.0
@@ -215,6 +215,7 @@ class HttpSession:
 
     def drain(self) -> None:
         """Answer one more request at most, and say with its answer that it was the last."""
+        self._known = None
         if self._state is not IDLE:
             self._persistent = False
         elif not self._head_begun:
@@ -222,7 +223,8 @@ class HttpSession:
 
     def configured(self) -> None:
         """Read and judge the next request by the settings as they are now."""
-        self._reader = self._make_reader()
+        self._reader = self._front.reader(self._peer)
+        self._known = None
         self.key = self._peer
         self.wanted = None
 
@@ -247,7 +249,11 @@ class HttpSession:
         except OSError:
             self._client_lost()
             return
-        if not data:
+        if data == self._known and self._state is IDLE and not self._buffer:
+            self._began = self._reactor.now
+            self._persistent = True
+            self._ask(self._known_request)
+        elif not data:
             self._client_ended()
         elif self._state is IDLE:
             self._buffer = self._buffer + data if self._buffer else data
@@ -255,6 +261,7 @@ class HttpSession:
         elif self._up_body is not None:
             self._upload(data)
         elif self._state is not LINGERING:
+            self._plain = False
             self._buffer += data
             if len(self._buffer) > PIPELINED:
                 self._stop_reading()
@@ -273,7 +280,11 @@ class HttpSession:
                 return
             data = b""
         if self._state is WAITING:
-            if data:
+            answers = upstream.backend.answers
+            if self._plain and len(data) == answers.whole and data.startswith(answers.head):
+                assert answers.answer is not None
+                self._pass_on(upstream, answers.answer, data[len(answers.head) :])
+            elif data:
                 self._read_answer(data)
             else:
                 self._no_answer()
@@ -337,30 +348,40 @@ class HttpSession:
         if self._began is NEVER:
             self._began = reactor.now
         try:
-            found = self._reader.read(self._buffer)
+            found = self._reader.read(self._buffer, self._seen)
         except HttpError as error:
             self._refuse(error, "LR" if error.status == 200 else "PR")
             return
         if found is None:
+            self._seen = len(self._buffer)
             self.deadline = self._began + self._front.timeouts.request_head
             return
         request, length = found
         rest = self._buffer[length:]  # which is empty for nearly all, and costs nothing then
+        self._seen = 0
         self._request = request
         self._persistent = request.persistent and not self._front.draining
         front = self._front
         if front.guarded and not self._let_in(request):
             return
-        self._state = SEEKING
-        self._head_after = reactor.now - self._began
-        self.deadline = NEVER
         if request.length == 0:
             self._buffer = rest
         elif not self._begin_body(request, rest):
             return
         if front.keyed:
             self._find_key(request)
-        upstream = front.upstreams.obtain(self)
+        elif request.length == 0 and request.plain and self._persistent and not front.guarded and length <= REMEMBERED:
+            self._known, self._known_request = request.received, request
+        self._ask(request)
+
+    def _ask(self, request: Request) -> None:
+        """The request is there, with what had come of its body: find a backend for it."""
+        now = self._reactor.now
+        self._request = request
+        self._state = SEEKING
+        self._head_after = now - self._began
+        self.deadline = NEVER
+        upstream = self._front.upstreams.obtain(self)
         if upstream is not None:
             self.connected(upstream)
 
@@ -425,37 +446,34 @@ class HttpSession:
 
     def connected(self, upstream: Upstream) -> None:
         """There is a connection: send the head and what there is of the body."""
-        request = self._request
+        request, front = self._request, self._front
         assert request is not None
-        reactor = self._reactor
-        if upstream.reused and not request.idempotent and upstream.is_stale():
+        now = self._reactor.now
+        if not request.idempotent and upstream.reused and upstream.is_stale():
             # Once octets of it have left it may not be sent again, so look before.
-            self._front.upstreams.renew(self, upstream)
+            front.upstreams.renew(self, upstream)
             return
         self._upstream = upstream
-        sticky = self._front.sticky
-        if sticky is not None:
-            self._extra = b"" if upstream.backend is self.wanted else sticky.set_cookie(upstream.backend)
-        now = reactor.now
+        if front.sticky is not None:
+            self._extra = b"" if upstream.backend is self.wanted else front.sticky.set_cookie(upstream.backend)
         self._connected_after = now - self._began
         data = request.head + self._up_first if self._up_first else request.head
+        self._state = WAITING
         try:
             sent = upstream.sock.send(data, DONTWAIT)
         except BlockingIOError:
             sent = 0
         except OSError:
-            self._state = WAITING
             self._no_answer()
             return
-        self._state = WAITING
-        if self._up_body is not None and not self._waits_for_continue:
-            self.deadline = now + self._front.timeouts.client
-        else:
-            self.deadline = now + self._front.timeouts.server
+        whole = self._up_body is None
+        self.deadline = now + (front.timeouts.server if whole or self._waits_for_continue else front.timeouts.client)
         if sent < len(data):
             self._pump_up(data[sent:])
-        elif not self._reading and self._up_body is not None:
+        elif not whole:
             self._resume_reading()
+        elif self._reading and not self._buffer and self.trail is None and self._source is self._address:
+            self._plain = request.plain and not self._extra
 
     def ends(self) -> tuple[Address, Address]:
         return self._source, own_end(self._sock)
@@ -594,41 +612,83 @@ class HttpSession:
             self._answer_buffer = buffer
             return
         answer, length = found
-        self._answer = answer
-        self._status = answer.status
+        rest = buffer[length:]
+        if self._plain and len(rest) == answer.length and answer.plain:
+            self._pass_on(upstream, answer, rest)
+            return
         now = self._reactor.now
         self._answered_after = after = now - self._began
         upstream.backend.answered_in(after - self._connected_after, now)
-        if (
-            len(buffer) - length == answer.length
-            and answer.plain
-            and request.plain
-            and self._up_body is None
-            and self._up_pump is None
-            and not self._up_failed
-            and self.trail is None
-            and not self._extra
-            and after < self._front.slow
-        ):
-            # The common case: all of it is here, and its head needs no thought.
-            out = (answer.plain if self._persistent else answer.closing) + buffer[length:]
-            try:
-                sent = self._sock.send(out, DONTWAIT)
-            except BlockingIOError:
-                sent = 0
-            except OSError:
-                self._client_lost()
-                return
-            self._octets_out = answer.length
-            if sent == len(out):
-                self._complete(upstream, answer.reusable)
-            else:
-                self._state = ANSWERING
-                self._down_body = LengthBody(0)
-                self._down_encode = as_is
-                self._pump_down(out[sent:], b"")
+        self._begin_answer(answer, request, rest)
+
+    def _pass_on(self, upstream: Upstream, answer: Answer, body: bytes) -> None:
+        """The answer of a plain exchange, all of which is here: send it, count and log it, and be as before."""
+        self._plain = False
+        front, backend, request = self._front, upstream.backend, self._request
+        assert request is not None
+        now = self._reactor.now
+        self._answered_after = after = now - self._began
+        backend.answered_in(after - self._connected_after, now)
+        if after >= front.slow:
+            self._begin_answer(answer, request, body)
             return
-        self._begin_answer(answer, request, buffer[length:])
+        out = (answer.plain if self._persistent else answer.closing) + body
+        try:
+            sent = self._sock.send(out, DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._client_lost()
+            return
+        if sent < len(out):
+            self._answer = answer
+            self._status = answer.status
+            self._octets_out = answer.length
+            self._state = ANSWERING
+            self._down_body = LengthBody(0)
+            self._down_encode = as_is
+            self._pump_down(out[sent:], b"")
+            return
+        backend.tally.add(answer.status, self._octets_in, answer.length, after)
+        head, connected = self._head_after, self._connected_after
+        front.record(
+            (
+                time.time(),
+                self._client,
+                request.line,
+                answer.status,
+                answer.length,
+                backend.id,
+                head,
+                head,
+                connected,
+                after,
+                after,
+                "--",
+                1,
+                "",
+                self._octets_in,
+                len(front.sessions),
+                front.pool.in_hand,
+                backend.active,
+                0,
+            )
+        )
+        self._upstream = None
+        if answer.reusable:
+            front.upstreams.keep(upstream)
+        else:
+            front.upstreams.discard(upstream)
+        if not self._persistent:
+            self._go_on(hasty=True)
+            return
+        self._state = IDLE
+        self._request = None
+        self._began = NEVER
+        self.deadline = now + front.timeouts.client_idle
+        if self._up_first:
+            self._up_first = b""
+            self._octets_in = 0
 
     def _begin_answer(self, answer: Answer, request: Request, rest: bytes) -> None:
         """The general case: work out both framings, send the head, and begin with the body."""
@@ -653,6 +713,8 @@ class HttpSession:
         except FramingError as error:
             self._fail(502, "PH", f"in the answer of backend {self._backend_id}: {error}")
             return
+        self._answer = answer
+        self._status = answer.status
         self._state = ANSWERING
         if self.trail is not None or self._answered_after >= self._front.slow:
             # It can be explained, so it gets a name; unless the backend gave it one.
@@ -792,6 +854,7 @@ class HttpSession:
             self._fail(*refusal)
 
     def _seek_again(self) -> None:
+        self._plain = False
         self._upstream = None
         self._state = SEEKING
         self._connected_after = -1.0
@@ -1034,6 +1097,7 @@ class HttpSession:
         return True
 
     def _stop_reading(self) -> None:
+        self._plain = False
         if self._reading:
             self._reading = False
             self._reactor.remove(self._fd)

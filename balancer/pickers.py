@@ -19,6 +19,7 @@ import math
 import random
 import time
 from bisect import bisect
+from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -42,7 +43,8 @@ class RoundRobin:
     """Smooth weighted round robin, strict: equal weights give 1 2 3 1 2 3.
 
     Each backend has a next turn in virtual time, and a pick moves it on by the inverse of its weight; the earliest
-    turn is next (earliest deadline first, as in Envoy: O(log n), and independent of how often the set changes).
+    turn is next (earliest deadline first, as in Envoy: O(log n), and independent of how often the set changes). Where
+    all weights are equal, whoever had its turn is last in the order, and no order has to be kept.
     """
 
     STRIDE = math.lcm(*range(1, 21)) * 2  # divisible by the weights people use, so that ties are exact
@@ -50,11 +52,18 @@ class RoundRobin:
     def __init__(self) -> None:
         self._seen: Candidates | None = None
         self._heap: list[tuple[int, int, Backend]] = []
+        self._ring: deque[Backend] = deque()  # in place of the heap, where all strides are `_stride`
+        self._stride = 0
         self._now = 0
 
     def pick(self, candidates: Candidates, client: str) -> Backend:
         if candidates is not self._seen:
             self._arrange(candidates)
+        if self._ring:
+            backend = self._ring[0]
+            self._ring.rotate(-1)
+            backend.turn += self._stride
+            return backend
         turn, place, backend = self._heap[0]
         self._now = turn
         backend.turn = turn + self.STRIDE // backend.weight
@@ -69,7 +78,13 @@ class RoundRobin:
                 # It was away for more than a turn: it joins half a turn from here, and makes up for nothing.
                 backend.turn = self._now + self.STRIDE // (2 * backend.weight)
         self._heap = [(backend.turn, place, backend) for place, backend in enumerate(candidates)]
-        heapq.heapify(self._heap)
+        self._heap.sort()
+        self._stride = self.STRIDE // candidates[0].weight
+        regular = all(backend.weight == candidates[0].weight for backend in candidates)
+        if regular and self._heap[-1][0] - self._heap[0][0] <= self._stride:
+            self._ring = deque(backend for _, _, backend in self._heap)
+        else:
+            self._ring.clear()
         self._seen = candidates
 
 

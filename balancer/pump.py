@@ -9,6 +9,9 @@ where `settimeout` would poll before each. Sockets stay in blocking mode; the re
 
 Bytes that need not be looked at move by `os.splice` through a pipe, without being copied. Where there is no splice, no
 descriptors for a pipe or no pages to make it large, they are received and sent.
+
+A sender that is as fast as we are would wake us for each piece that it sends, and pay for that itself. So after a small
+move in a flood a pump lets the next ones gather for a moment, as a network card holds its interrupts back: see `_Pace`.
 """
 
 from __future__ import annotations
@@ -27,11 +30,17 @@ from functools import partial
 from balancer.framing import Body, Encoder, FramingError, Truncated, as_is
 from balancer.stream import Stream
 
-PIECE = 262144  # octets per call: what a pipe of a splice holds, and what a copy receives at once
+PIECE = 1 << 20  # octets per call of splice at most: what a wide pipe holds
+WIDE = 16  # wide pipes at once: a user's pipes may have 64 MiB altogether, and other programs want some
+NARROW = 1 << 18  # octets that any other pipe holds
+COPIED = 1 << 18  # octets that a copy receives at once
 LIMIT = 4096  # pump threads at once
 IDLE_SECONDS = 10.0  # that a pump thread waits for its next piece of work
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 STEPS = 4  # in which a sink that takes nothing is waited for
+FEW = 1 << 17  # octets: a move of fewer is small, and a flood's may gather
+MOMENT = 2e-5  # seconds that they are given, to which Linux adds some 50 microseconds of its own
+WARY = 16  # small moves in a row before the first pause, and after one that gathered nothing
 SPLICES = hasattr(os, "splice")
 
 # What splice says of a kind of socket that it cannot read from or write to.
@@ -201,21 +210,13 @@ def relay_body(flow: Flow, body: Body, encode: Encoder, first: bytes = b"", last
     try:
         if first:
             _send_all(flow, first)
+        pace = _Pace()
         while not body.done:
-            most = PIECE if body.left is None else min(PIECE, body.left)
-            if body.left is not None and encode is as_is and flow.exact:
-                moved = _move(flow, most)
-                if moved:
-                    body.skipped(moved)
-                else:
-                    body.eof()
-            elif data := _receive(flow.source, most):
-                content = body.feed(data)
-                if content:
-                    _send_all(flow, encode(content))
-                    flow.octets += len(content)
-            else:
+            moved = _move_content(flow, body, encode)
+            if not moved:
                 body.eof()
+            elif not body.done:
+                pace.moved(moved)
         if last:
             _send_all(flow, last)
         flow.end = End.DONE
@@ -227,6 +228,19 @@ def relay_body(flow: Flow, body: Body, encode: Encoder, first: bytes = b"", last
         flow.end, flow.problem, flow.status = End.BAD, str(error), error.status
 
 
+def _move_content(flow: Flow, body: Body, encode: Encoder) -> int:
+    """Pass on some of the body, and count the octets that this took from the source. 0 at its end."""
+    if body.left is not None and encode is as_is and flow.exact:
+        moved = _move(flow, min(PIECE, body.left))
+        body.skipped(moved)
+        return moved
+    data = _receive(flow.source, COPIED if body.left is None else min(COPIED, body.left))
+    if data and (content := body.feed(data)):
+        _send_all(flow, encode(content))
+        flow.octets += len(content)
+    return len(data)
+
+
 def relay_stream(flow: Flow, first: bytes = b"") -> None:
     """Move whatever comes until the source ends, and then half-close the sink, or until the source is silent."""
     flow.end = End.FAILED
@@ -234,11 +248,39 @@ def relay_stream(flow: Flow, first: bytes = b"") -> None:
         if first:
             _send_all(flow, first)
             flow.octets += len(first)
-        while _move(flow, PIECE):
-            pass
+        pace = _Pace()
+        while moved := _move(flow, PIECE):
+            pace.moved(moved)
         flow.end = End.DONE if half_close(flow.sink) else End.SINK_LOST
     except _Ended as ended:
         flow.end, flow.problem = ended.end, ended.problem
+
+
+class _Pace:
+    """Lets what a flood brings gather between two moves, where that makes the moves larger.
+
+    A dialogue gains nothing by a pause: its next message comes when the last one is answered. So a pause that is not
+    followed by more octets than a move without one brings is not tried again soon.
+    """
+
+    __slots__ = ("_paused", "_usual", "_wary")
+
+    def __init__(self) -> None:
+        self._paused = False
+        self._usual = 0  # octets of the last small move that had no pause before it
+        self._wary = WARY  # small moves until a pause may be tried
+
+    def moved(self, octets: int) -> None:
+        """So many were passed on: pause, if that is worth it."""
+        if not self._paused:
+            self._usual = octets
+        elif octets <= self._usual:
+            self._wary = WARY
+        self._paused = octets < FEW and not self._wary
+        if self._paused:
+            time.sleep(MOMENT)
+        elif octets < FEW:
+            self._wary -= 1
 
 
 class _Ended(Exception):
@@ -290,30 +332,64 @@ def half_close(sink: Stream) -> bool:
     return True
 
 
-_of_thread = threading.local()  # .pipe: the pump thread's pipe, empty between two moves
+class Pipe:
+    """What a splice moves octets through, empty between two moves. Raises OSError where there can be none of use.
+
+    Where its user's pipes have all the pages that they may, a pipe has two (pipe(7), pipe-user-pages-soft), and copying
+    is faster.
+    """
+
+    __slots__ = ("_wide", "inlet", "outlet")
+
+    def __init__(self) -> None:
+        self.outlet, self.inlet = os.pipe()
+        self._wide = _wide_pipes.acquire(blocking=False)
+        if self._wide and not self._holds(PIECE):
+            self._wide = False
+            _wide_pipes.release()
+        if not self._wide and not self._holds(NARROW):
+            self.close()
+            raise OSError(errno.EPERM, "no pages for a pipe")
+
+    def _holds(self, octets: int) -> bool:
+        """Make it so large. False where that is refused."""
+        try:
+            fcntl.fcntl(self.inlet, _F_SETPIPE_SZ, octets)
+        except OSError:
+            return False
+        return True
+
+    def close(self) -> None:
+        os.close(self.outlet)
+        os.close(self.inlet)
+        if self._wide:
+            _wide_pipes.release()
+
+
+_wide_pipes = threading.BoundedSemaphore(WIDE)
+_of_thread = threading.local()  # .pipe: the pump thread's
 
 
 def _move(flow: Flow, most: int) -> int:
     """Pass on up to so many octets unread, and count them. 0 at the source's end."""
     if not flow.copies:
-        pipe = getattr(_of_thread, "pipe", None) or _open_pipe()
+        pipe = _pipe()
         if pipe is not None:
             moved = _splice(flow, pipe, most)
             if moved is not None:
                 return moved
         flow.copies = True
-    data = _receive(flow.source, most)
+    data = _receive(flow.source, min(most, COPIED))
     if data:
         _send_all(flow, data)
         flow.octets += len(data)
     return len(data)
 
 
-def _splice(flow: Flow, pipe: tuple[int, int], most: int) -> int | None:
+def _splice(flow: Flow, pipe: Pipe, most: int) -> int | None:
     """Move octets through the pipe; None, with nothing done, where the source's kind of socket does not allow it."""
-    outlet, inlet = pipe
     try:
-        left = moved = os.splice(flow.source.fileno(), inlet, most)
+        left = moved = os.splice(flow.source.fileno(), pipe.inlet, most)
     except BlockingIOError as error:
         raise _Ended(End.SILENT, error) from None
     except OSError as error:
@@ -323,11 +399,11 @@ def _splice(flow: Flow, pipe: tuple[int, int], most: int) -> int | None:
     sink = flow.sink.fileno()
     try:
         while left:
-            left -= _push(flow, partial(os.splice, outlet, sink, left))
+            left -= _push(flow, partial(os.splice, pipe.outlet, sink, left))
     except OSError:
         flow.copies = True  # the sink's kind of socket does not allow it
         while left:
-            data = os.read(outlet, left)
+            data = os.read(pipe.outlet, left)
             _send_all(flow, data)
             left -= len(data)
     finally:
@@ -337,31 +413,19 @@ def _splice(flow: Flow, pipe: tuple[int, int], most: int) -> int | None:
     return moved
 
 
-def _open_pipe() -> tuple[int, int] | None:
-    """A pipe for this thread; None where there are no descriptors for it, or no pages to make it worth its while.
-
-    A user's pipes may have 64 MiB altogether, and beyond that get two pages each (pipe(7), pipe-user-pages-soft).
-    """
-    try:
-        pipe = os.pipe()
-    except OSError:
-        return None
-    try:
-        fcntl.fcntl(pipe[1], _F_SETPIPE_SZ, PIECE)
-    except OSError:
-        _close(pipe)
-        return None
-    _of_thread.pipe = pipe
+def _pipe() -> Pipe | None:
+    """This thread's pipe. None where there are no descriptors for one, or no pages to make it worth its while."""
+    pipe: Pipe | None = getattr(_of_thread, "pipe", None)
+    if pipe is None:
+        try:
+            pipe = _of_thread.pipe = Pipe()
+        except OSError:
+            return None
     return pipe
 
 
 def _close_pipe() -> None:
-    pipe = getattr(_of_thread, "pipe", None)
+    pipe: Pipe | None = getattr(_of_thread, "pipe", None)
     if pipe is not None:
         _of_thread.pipe = None
-        _close(pipe)
-
-
-def _close(pipe: tuple[int, int]) -> None:
-    for end in pipe:
-        os.close(end)
+        pipe.close()

@@ -22,6 +22,27 @@ from balancer.upstream import NONE_AVAILABLE, Attempt, Upstream
 class TcpSession:
     """Accepted by the listener, and closed here."""
 
+    __slots__ = (
+        "_began",
+        "_client",
+        "_connected_after",
+        "_counted",
+        "_finished",
+        "_front",
+        "_number",
+        "_sock",
+        "_source",
+        "_tunnel",
+        "_upstream",
+        "attempt",
+        "deadline",
+        "key",
+        "refusal",
+        "trail",
+        "tried",
+        "wanted",
+    )
+
     def __init__(self, front: Frontend, sock: Stream, address: tuple[str, int], number: int) -> None:
         self._front = front
         self._sock = sock

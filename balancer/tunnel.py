@@ -22,12 +22,14 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from functools import partial
+from typing import Final
 
 from balancer.pump import RESET, End, Flow, Pumps, half_close, relay_stream
 from balancer.reactor import NEVER, READ, Reactor
 from balancer.stream import Stream
 
 TURN = 32768  # octets that are asked for at once; when that many are there, a pump is worth its start
+DONTWAIT: Final = int(socket.MSG_DONTWAIT)
 REST_AFTER = 2.0  # seconds of silence after which a direction gives its thread back
 
 
@@ -52,6 +54,20 @@ class Tunnel:
     idle: seconds of silence in both directions after which it is cut. on_end: called once, when both have ended.
     Neither socket is registered with the reactor when it is handed over, nor when `on_end` is called.
     """
+
+    __slots__ = (
+        "_cut",
+        "_heard",
+        "_idle",
+        "_on_end",
+        "_pumps",
+        "_reactor",
+        "_rest_after",
+        "code",
+        "deadline",
+        "down",
+        "up",
+    )
 
     def __init__(
         self,
@@ -151,29 +167,32 @@ class Tunnel:
 
     def _turn(self, direction: Direction, mask: int) -> None:
         """Something came from a source that rests."""
-        flow = direction.flow
-        end = End.DONE
         try:
-            data = flow.source.recv(TURN, socket.MSG_DONTWAIT)
+            data = direction.flow.source.recv(TURN, DONTWAIT)
         except BlockingIOError:
             return
         except OSError:
-            data, end = b"", End.SOURCE_LOST
+            self._source_ended(direction, End.SOURCE_LOST)
+            return
         if data:
             self._pass_on(direction, data)
-            return
+        else:
+            self._source_ended(direction, End.DONE)
+
+    def _source_ended(self, direction: Direction, end: End) -> None:
+        """The source of a direction that rests has nothing more to say, or was lost."""
         self._wake(direction)
         self._hear(self._reactor.now)
         if direction.reset:
             end = End.SOURCE_LOST
-        elif end is End.DONE and not half_close(flow.sink):
+        elif end is End.DONE and not half_close(direction.flow.sink):
             end = End.SINK_LOST
         self._ended(direction, end)
 
     def _pass_on(self, direction: Direction, data: bytes) -> None:
         flow = direction.flow
         try:
-            sent = flow.sink.send(data, socket.MSG_DONTWAIT)
+            sent = flow.sink.send(data, DONTWAIT)
         except BlockingIOError:
             sent = 0
         except OSError as error:
@@ -184,11 +203,13 @@ class Tunnel:
             self._ended(direction, End.SINK_LOST)
             return
         flow.octets += sent
-        if sent < len(data) or len(data) >= TURN:
+        if sent == len(data) < TURN:
+            now = self._heard = self._reactor.now
+            if self.deadline < NEVER:  # nothing is pumped
+                self.deadline = now + self._idle
+        else:
             self._wake(direction)
             self._pump(direction, data[sent:])
-        else:
-            self._hear(self._reactor.now)
 
     def _hear(self, moment: float) -> None:
         """Count the silence from here. While a direction is pumped nobody does: its pump reports its own silence."""

@@ -104,7 +104,8 @@ class Upstream:
             self._owner.forget(self)
 
     def expired(self, now: float) -> None:
-        self._owner.forget(self)
+        if self in self.backend.idle:  # else it was taken since, and its deadline left as it was
+            self._owner.forget(self)
 
     def crashed(self, error: Exception) -> None:
         self._owner.forget(self)
@@ -313,8 +314,9 @@ class Upstreams:
         """Its exchange is over, and it may serve another."""
         reactor, backend = self.reactor, upstream.backend
         idle = backend.idle
-        fits = upstream.epoch == backend.epoch and not backend.send_proxy  # else it is for one client only
-        if fits and backend.eligible and len(idle) < MOST_IDLE:
+        # One that was begun with a PROXY header is for one client only.
+        fits = upstream.epoch == backend.epoch and not backend.send_proxy and len(idle) < MOST_IDLE
+        if fits and backend.eligible:
             upstream.reused = True
             upstream.deadline = reactor.now + KEEP_IDLE
             reactor.handlers[upstream.fd] = upstream.on_idle
@@ -475,7 +477,6 @@ class Upstreams:
             if upstream.epoch != backend.epoch or (fd in reactor.ready and upstream.is_stale()):
                 self._close(upstream)
                 continue
-            upstream.deadline = NEVER
             reactor.handlers[fd] = seeker.on_backend
             return upstream
         return None

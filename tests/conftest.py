@@ -33,7 +33,7 @@ def eventually(predicate: Callable[[], T], what: str = "", *, within: float = PA
     where the predicate's name says it.
     """
     deadline = time.monotonic() + within
-    pause = threading.Event()
+    pause, seconds = threading.Event(), 0.0005  # most of what is waited for is there before the first long pause
     while True:
         answer = predicate()
         if answer:
@@ -41,7 +41,8 @@ def eventually(predicate: Callable[[], T], what: str = "", *, within: float = PA
         if time.monotonic() >= deadline:
             name = what or getattr(predicate, "__name__", repr(predicate))
             raise AssertionError(f"not within {within:g} s: {name} (last answer: {answer!r})")
-        pause.wait(0.005)
+        pause.wait(seconds)
+        seconds = min(2 * seconds, 0.005)
 
 
 # Options ----------------------------------------------------------------------------------------------------------
@@ -57,6 +58,16 @@ def pytest_configure() -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # what pytest itself holds by now need not be searched after each test
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Take what outlives a file, reports mostly, out of what is searched after each test: else thousands of tests
+    make that ten times as long."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

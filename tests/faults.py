@@ -41,7 +41,7 @@ from programs import LB, Program, free_ports, resident_kb, started, write_settin
 
 CLIENTS = 16
 PIECE = 300  # requests between two events
-QUICK_PROBES = {"path": "/health", "interval": 0.2, "timeout": 0.5}
+QUICK_PROBES = {"path": "/health", "interval": 0.1, "timeout": 0.5, "rise": 1}
 BACKEND = ROOT / "backend_server.py"
 SLOW_CLIENTS = ROOT / "tests" / "slow_clients.py"
 
@@ -266,13 +266,13 @@ def unwell(directory: Path) -> Row:
         Stand(directory) as stand,
         Load(stand.port, method="POST", path="/slow/0.02", body_size=100) as load,
     ):
-        load.more(PIECE)
+        load.more(PIECE // 3)
         stand.tell(1, "fail")
         eventually(lambda: stand.is_down(1), "the unwell one is down")
-        load.more(PIECE)
+        load.more(PIECE // 3)
         stand.tell(1, "ok")
         eventually(lambda: not stand.is_down(1), "it is up again")
-        load.more(PIECE)
+        load.more(PIECE // 3)
     return row("503 from /health, POST", load, stand)
 
 
@@ -328,7 +328,7 @@ def stopped_new_connections(directory: Path) -> Row:
 def overloaded(directory: Path) -> Row:
     """More clients than the backends may have at once: the queue evens it out."""
     with Stand(directory, servers={"max_connections": 2}) as stand, Load(stand.port, path="/slow/0.01") as load:
-        load.more(PIECE)
+        load.more(PIECE // 2)
     return row("max_connections 2, 16 clients, queue", load, stand)
 
 

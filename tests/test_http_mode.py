@@ -37,6 +37,7 @@ from backend_server import (
     serving,
     websocket_accept,
 )
+from balancer import http_session
 from balancer.balancer import LoadBalancer
 from balancing import connect, log_lines, running
 from conftest import PATIENCE, eventually
@@ -808,11 +809,12 @@ def test_a_backend_or_upload_that_fails_is_named_by_its_status(tmp_path, script,
 
 
 @pytest.mark.parametrize("taken", [10, 100_000, 2_000_000])
-def test_a_client_that_is_answered_502_within_its_upload_is_not_reset(tmp_path, taken):
+def test_a_client_that_is_answered_502_within_its_upload_is_not_reset(tmp_path, taken, monkeypatch):
     """RFC 9112 section 9.6: a reset may destroy the answer before it is read, so what still comes is taken first.
 
     The larger uploads are a pump's by the time the backend says something that is not HTTP.
     """
+    monkeypatch.setattr(http_session, "REST_AFTER", 0.1)  # how long that pump waits for more
 
     def babble(connection: Connection) -> None:
         if read_lines(connection.file):

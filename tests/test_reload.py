@@ -598,7 +598,13 @@ def told() -> queue.SimpleQueue[Any]:
 
 
 @pytest.fixture
-def running(path: Path, told: queue.SimpleQueue[Any]) -> Iterator[Watcher]:
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watch that looks so often that no test waits for it."""
+    monkeypatch.setattr("balancer.reload.PERIOD", 0.01)
+
+
+@pytest.fixture
+def running(path: Path, told: queue.SimpleQueue[Any], often: None) -> Iterator[Watcher]:
     def load() -> Config:
         return configuration.load(path)
 
@@ -638,7 +644,7 @@ def test_who_asks_does_not_wait_for_the_next_look(
         watcher.stop()
 
 
-def test_a_bug_in_who_applies_ends_no_watch(path: Path, told: queue.SimpleQueue[Any]) -> None:
+def test_a_bug_in_who_applies_ends_no_watch(path: Path, told: queue.SimpleQueue[Any], often: None) -> None:
     def load() -> Config:
         return configuration.load(path)
 

@@ -105,10 +105,10 @@ class Browser:
         self._post(f"element/{self._find(selector)}/click")
 
     def fill(self, selector: str, text: str) -> None:
-        """Replace what a field holds; the field has the focus then."""
-        element = self._find(selector)
-        self._post(f"element/{element}/clear")
-        self._post(f"element/{element}/value", text=text)
+        """Replace what a field holds, as pasting does; the field has the focus then."""
+        focus = "const e = document.querySelector(arguments[0]); e.focus(); e.select();"
+        assert self.run(f"{focus} return e === document.activeElement", selector), f"{selector} takes no focus"
+        self.devtools("Input.insertText", text=text)
 
     def press(self, *keys: str) -> None:
         """Press keys one after the other; the focused element gets them."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -98,6 +102,12 @@ def await_port(process: subprocess.Popen[bytes], port: int, output: Path) -> Non
     wait_for(ready, f"does not listen after {PATIENCE:g} s: {last_line(output)}")
 
 
+def raise_descriptor_limit() -> None:
+    """Thousands of connections are held, and nginx listens on a thousand ports: as many descriptors as are allowed."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def last_line(output: Path) -> str:
     return (output.read_text(errors="replace").strip().splitlines() or ["(it said nothing)"])[-1]
 
@@ -144,6 +154,11 @@ def resident_mb(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+def threads(pid: int) -> int:
+    """Of a process and its descendants."""
+    return sum(int(fields[17]) for fields in map(stat_fields, family(pid)) if fields)
+
+
 # The origin -------------------------------------------------------------------------------------------------------
 
 SMALL = b"the answer of a very small server\n"
@@ -152,9 +167,9 @@ BULK_BYTES = 256 << 20
 
 
 class Origin:
-    """What stands behind every peer: nginx on three ports, and a sink for uploads."""
+    """What stands behind every peer: nginx on three ports, and on those of a crowd; a sink for uploads."""
 
-    def __init__(self, work: Path, stack: ExitStack, *, bulk: bool) -> None:
+    def __init__(self, work: Path, stack: ExitStack, *, bulk: bool, crowd: int = 0) -> None:
         """Start them for as long as `stack` lives; the 256 MB file is made only when `bulk` is asked for."""
         if not shutil.which("nginx"):
             raise Trouble("nginx is needed as the origin server; it is not installed")
@@ -162,8 +177,9 @@ class Origin:
         self.bulk_file.parent.mkdir()
         (self.bulk_file.parent / "medium").write_bytes(os.urandom(MEDIUM_BYTES))
         self.bulk_crc = write_random(self.bulk_file, BULK_BYTES) if bulk else 0
-        self.ports = free_ports(3)
-        listen = "".join(f"listen 127.0.0.1:{port} backlog=4096; " for port in self.ports)
+        ports = free_ports(3 + crowd)
+        self.ports, self.crowd = ports[:3], ports[3:]
+        listen = "".join(f"listen 127.0.0.1:{port} backlog=4096; " for port in ports)
         site = f"""
             server {{
                 {listen}
@@ -224,6 +240,10 @@ class Peer:
     """One load balancer: how to tell whether it is here, and how to run it."""
 
     name = ""
+    scheme = "http"
+    """What its clients speak in mode http."""
+    streams = True
+    """Does it pass on the beginning of a request's body before the end has come?"""
 
     def missing(self, mode: str) -> str:
         """Why it cannot run in this mode ("http" or "tcp") on this machine; "" when it can."""
@@ -235,7 +255,13 @@ class Peer:
 
 
 class Ours(Peer):
-    name = "ours"
+    """`settings` are keys of servers.json beside the servers, `starter` is what stands before lb.py in the command."""
+
+    def __init__(
+        self, name: str = "ours", settings: Mapping[str, object] | None = None, starter: Sequence[str] = ()
+    ) -> None:
+        self.name, self.settings, self.starter = name, settings or {}, starter
+        self.scheme = "https" if "tls" in self.settings else "http"
 
     def missing(self, mode: str) -> str:
         return "" if (ROOT / "lb.py").exists() else "there is no lb.py"
@@ -243,10 +269,12 @@ class Ours(Peer):
     @contextmanager
     def run(self, mode: str, backends: Sequence[int], home: Path) -> Iterator[tuple[int, int]]:
         home.mkdir()
-        addresses = [f"127.0.0.1:{port}" for port in backends]
+        servers = [{"host": "127.0.0.1", "port": port} for port in backends]
+        (home / "servers.json").write_text(json.dumps({"servers": servers, **self.settings}))
         options = ["--mode", mode, "--port", "0", "--log-file", str(home / "load_balancer.log")]
         output = home / "output"
-        with running([sys.executable, str(ROOT / "lb.py"), *addresses, *options], output) as process:
+        program = [sys.executable, *self.starter, str(ROOT / "lb.py"), "--config", str(home / "servers.json")]
+        with running([*program, *options], output) as process:
 
             def announced() -> str:
                 if process.poll() is not None:
@@ -259,6 +287,32 @@ class Ours(Peer):
             if "listening on" not in line or not port.isdigit():
                 raise Trouble(f"its first line is {line!r}")
             yield process.pid, int(port)
+
+
+class Among(Ours):
+    """Ours with a policy, before the first `count` of the backends, all of which pass their probes."""
+
+    def __init__(self, count: int, settings: Mapping[str, object]) -> None:
+        super().__init__(f"{count:,} backends", {**settings, "admin": {"address": "127.0.0.1:0"}})
+        self.count = count
+
+    @contextmanager
+    def run(self, mode: str, backends: Sequence[int], home: Path) -> Iterator[tuple[int, int]]:
+        with super().run(mode, backends[: self.count], home) as (pid, port):
+
+            def status_page() -> str:
+                _, found, rest = (home / "output").read_text().partition("status page ")
+                return rest.partition("\n")[0] if found else ""
+
+            url = wait_for(status_page, "does not say where its status page is") + "api/backends"
+
+            def all_passed() -> bool:
+                with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
+                    checks = [backend["check"] for backend in json.load(answer)["backends"]]
+                return len(checks) == self.count and all(check.startswith("L7OK") for check in checks)
+
+            wait_for(all_passed, f"not all of {self.count} backends have passed their probes")
+            yield pid, port
 
 
 class HAProxy(Peer):
@@ -330,6 +384,41 @@ class Nginx(Peer):
             yield process.pid, port
 
 
+@lru_cache
+def imports(python: str, modules: str) -> bool:
+    """Has this interpreter all of these?"""
+    try:
+        return not subprocess.run([python, "-c", f"import {modules}"], capture_output=True, check=False).returncode
+    except OSError as error:
+        raise Trouble(f"{python}: {error.strerror}") from error
+
+
+class PythonPeer(Peer):
+    """One of the package index, as a program beside this file."""
+
+    python = sys.executable
+    """The interpreter that has the packages."""
+
+    def __init__(self, name: str, program: str, modules: str, packages: str, *, streams: bool = True) -> None:
+        self.name, self.program, self.modules, self.packages = name, program, modules, packages
+        self.streams = streams
+
+    def missing(self, mode: str) -> str:
+        if mode != "http":
+            return "speaks HTTP only"
+        return "" if imports(self.python, self.modules) else f"pip install {self.packages}"
+
+    @contextmanager
+    def run(self, mode: str, backends: Sequence[int], home: Path) -> Iterator[tuple[int, int]]:
+        home.mkdir()
+        [port] = free_ports(1)
+        output = home / "output"
+        program = str(Path(__file__).with_name(self.program))
+        with running([self.python, program, str(port), *map(str, backends)], output) as process:
+            await_port(process, port, output)
+            yield process.pid, port
+
+
 class Direct(Peer):
     """No balancer at all: the ceiling that load and origin set."""
 
@@ -343,4 +432,14 @@ class Direct(Peer):
         yield 0, backends[0]
 
 
-PEERS: dict[str, Peer] = {peer.name: peer for peer in (Ours(), HAProxy(), Nginx(), Direct())}
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Ours(),
+        HAProxy(),
+        Nginx(),
+        PythonPeer("aiohttp", "aiohttp_proxy.py", "aiohttp, uvloop", "aiohttp uvloop"),
+        PythonPeer("proxy.py", "proxy_py.py", "proxy", "proxy.py", streams=False),
+        Direct(),
+    )
+}

@@ -4,16 +4,37 @@ from __future__ import annotations
 
 import http.client
 import json
+import select
+import socket
+import ssl
 import statistics
 import subprocess
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from peers import BULK_BYTES, PATIENCE, SMALL, Origin, Trouble
+from peers import (
+    BULK_BYTES,
+    PATIENCE,
+    SMALL,
+    Among,
+    Direct,
+    Origin,
+    Ours,
+    Peer,
+    PythonPeer,
+    Trouble,
+    cpu_seconds,
+    resident_mb,
+    threads,
+)
+
+REFERENCE = "haproxy"
+WARM_UP = 1  # seconds
 
 
 @dataclass(frozen=True)
@@ -28,16 +49,53 @@ class Load:
     p99_ms: float | None
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One peer, one work, one round; or the medians of several. None is what was not measured."""
+
+    rate: float | None = None
+    cpu_us: float | None = None
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+    memory_mb: float | None = None
+    each_kb: float | None = None
+    threads_before: float | None = None
+    threads_after: float | None = None
+
+
 class Work:
-    """One row: a kind of load on a peer in one mode."""
+    """One row for each peer: a kind of load on it, in one mode."""
 
     unit = ""
     cpu_unit = ""
     needs: ClassVar[Sequence[str]] = ()
     """Programs that make the load."""
+    columns: ClassVar[Sequence[str]] = ("rate", "cpu_us", "p50_ms", "p99_ms", "memory_mb")
+    """What of a sample it measures."""
 
     def __init__(self, name: str, what: str, mode: str) -> None:
         self.name, self.what, self.mode = name, what, mode
+        self.reference = REFERENCE
+        """The peer that the others are compared with."""
+
+    def lineup(self, peers: Sequence[Peer]) -> Sequence[Peer]:
+        """Who does this work when these were chosen."""
+        return peers
+
+    def measure(self, peer: Peer, seconds: int, home: Path, origin: Origin) -> Sample:
+        """Start the peer, see that it answers rightly, warm it up, load it."""
+        with peer.run(self.mode, self.backends(origin), home / "peer") as (pid, port):
+            self.check(port, origin)
+            self.load(port, WARM_UP, home, origin)
+            before = cpu_seconds(pid) if pid else 0
+            load = self.load(port, seconds, home, origin)
+            cpu_us = 1e6 * (cpu_seconds(pid) - before) / load.amount if pid else None
+            memory = still_resident_mb(pid) if pid else None
+        return Sample(load.rate, cpu_us, load.p50_ms, load.p99_ms, memory)
+
+    def beyond(self, peer: Peer) -> str:
+        """Why this peer cannot do it; "" when it can."""
+        return ""
 
     def backends(self, origin: Origin) -> Sequence[int]:
         return origin.ports
@@ -51,9 +109,29 @@ class Work:
         raise NotImplementedError
 
 
-def ask(port: int, method: str, target: str, body: object = None, fields: dict[str, str] | None = None) -> bytes:
-    """The body of a 200 answer; Trouble for any other."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+def still_resident_mb(pid: int) -> float:
+    memory = resident_mb(pid)
+    if memory == 0:
+        raise Trouble("ended before the load did")
+    return memory
+
+
+def ask(
+    port: int,
+    method: str,
+    target: str,
+    body: object = None,
+    fields: dict[str, str] | None = None,
+    scheme: str = "http",
+) -> bytes:
+    """The body of a 200 answer; Trouble for any other. Any certificate will do."""
+    if scheme == "https":
+        context = ssl._create_unverified_context()
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+            "127.0.0.1", port, timeout=PATIENCE, context=context
+        )
+    else:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     try:
         connection.request(method, target, body=body, headers=fields or {})  # type: ignore[arg-type]
         answer = connection.getresponse()
@@ -109,21 +187,27 @@ class Requests(Work):
         self.target, self.connections, self.script = target, connections, script
         self.body_bytes = 0
         """Octets of one answer's body; the check sets it."""
+        self.scheme = "http"
+        """What the peer speaks that is being measured."""
+
+    def measure(self, peer: Peer, seconds: int, home: Path, origin: Origin) -> Sample:
+        self.scheme = peer.scheme
+        return super().measure(peer, seconds, home, origin)
 
     def check(self, port: int, origin: Origin) -> None:
         expected = ask(origin.ports[0], "GET", self.target)
         for _ in range(2 * len(origin.ports)):  # every backend, whatever the policy's order
-            if ask(port, "GET", self.target) != expected:
+            if ask(port, "GET", self.target, scheme=self.scheme) != expected:
                 raise Trouble(f"GET {self.target}: the body is not the origin's")
         self.body_bytes = len(expected)
-        if ask(port, "POST", "/", body=bytes(10_000)) != SMALL:
+        if ask(port, "POST", "/", body=bytes(10_000), scheme=self.scheme) != SMALL:
             raise Trouble("POST /: the body is not the origin's")
 
     def load(self, port: int, seconds: int, home: Path, origin: Origin) -> Load:
         script = home / "load.lua"
         script.write_text(self.script + REPORT)
         command = ["wrk", "-t1", f"-c{self.connections}", f"-d{seconds}s", "--timeout", f"{PATIENCE:g}s"]
-        words = [*command, "-s", str(script), f"http://127.0.0.1:{port}{self.target}"]
+        words = [*command, "-s", str(script), f"{self.scheme}://127.0.0.1:{port}{self.target}"]
         done = run(words, seconds)
         try:
             report = json.loads(done.strip().splitlines()[-1])
@@ -200,6 +284,9 @@ class Download(Bulk):
 
 
 class Upload(Bulk):
+    def beyond(self, peer: Peer) -> str:
+        return "" if peer.streams else "holds the whole of a request's body in memory, and takes minutes for this one"
+
     def backends(self, origin: Origin) -> Sequence[int]:
         return [origin.sink_port]
 
@@ -231,6 +318,105 @@ def run(command: Sequence[str], seconds: float, *, stderr: bool = False) -> str:
     return done.stderr if stderr else done.stdout
 
 
+# Connections that rest ---------------------------------------------------------------------------------------------
+
+
+class Idle(Work):
+    """Connections that were used once and are kept open: what each takes of the balancer's memory."""
+
+    columns = ("each_kb", "threads_before", "threads_after", "memory_mb")
+
+    WARM_UP = 1000  # connections, one after the other
+    REST = 3  # seconds; longer than threads and connections to backends are kept for work that may follow
+
+    def __init__(self, name: str, what: str, mode: str, count: int) -> None:
+        super().__init__(name, what, mode)
+        self.count = count
+
+    def lineup(self, peers: Sequence[Peer]) -> Sequence[Peer]:
+        return [peer for peer in peers if not isinstance(peer, Direct | PythonPeer)]
+
+    def measure(self, peer: Peer, seconds: int, home: Path, origin: Origin) -> Sample:
+        """`seconds` are of no account here."""
+        with peer.run(self.mode, self.backends(origin), home / "peer") as (pid, port), ExitStack() as held:
+            for _ in range(self.WARM_UP):
+                self.connect(port).close()
+            time.sleep(self.REST)
+            threads_before, before = threads(pid), still_resident_mb(pid)
+            quiet = select.poll()
+            for _ in range(self.count):
+                quiet.register(held.enter_context(self.connect(port)), select.POLLIN)
+            time.sleep(self.REST)
+            if closed := len(quiet.poll(0)):
+                raise Trouble(f"{closed} of {self.count} connections did not stay")
+            memory = still_resident_mb(pid)
+            return Sample(
+                memory_mb=memory,
+                each_kb=1000 * (memory - before) / self.count,
+                threads_before=float(threads_before),
+                threads_after=float(threads(pid)),
+            )
+
+    @staticmethod
+    def connect(port: int) -> socket.socket:
+        """A connection on which one request was answered rightly."""
+        sock = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+        try:
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: shop.example\r\n\r\n")
+            octets = b""
+            while not octets.endswith(SMALL):
+                more = sock.recv(65536)
+                if not more:
+                    raise Trouble(f"GET /: closed after {octets!r}")
+                octets += more
+            if not octets.startswith(b"HTTP/1.1 200 "):
+                raise Trouble(f"GET /: {octets[:40]!r}")
+        except OSError as error:
+            sock.close()
+            raise Trouble(f"GET /: {error!r}") from error
+        except Trouble:
+            sock.close()
+            raise
+        return sock
+
+
+# Many backends ----------------------------------------------------------------------------------------------------
+
+CROWD = 1000
+
+MANY_PATHS = """
+local number = 0
+request = function()
+    number = number + 1
+    return "GET /item/" .. number % 1000 .. " HTTP/1.1\\r\\nHost: shop.example\\r\\n\\r\\n"
+end
+"""
+
+MANY_CLIENTS = """
+local number = 0
+request = function()
+    number = number + 1
+    return "GET / HTTP/1.1\\r\\nHost: shop.example\\r\\nX-Forwarded-For: 10.0.0." .. number % 250 .. "\\r\\n\\r\\n"
+end
+"""
+
+
+class Crowd(Requests):
+    """What a policy costs among a thousand backends: ours before them, beside ours before three of them."""
+
+    def __init__(self, policy: str, settings: Mapping[str, object] | None = None, script: str = "") -> None:
+        super().__init__(f"backends-{policy}", f"{CROWD:,} backends, policy {policy}", script=script)
+        settings = {"algorithm": policy, **(settings or {})}
+        self.few, self.many = Among(3, settings), Among(CROWD, settings)
+        self.reference = self.few.name
+
+    def lineup(self, peers: Sequence[Peer]) -> Sequence[Peer]:
+        return [self.few, self.many] if any(isinstance(peer, Ours) for peer in peers) else []
+
+    def backends(self, origin: Origin) -> Sequence[int]:
+        return origin.crowd
+
+
 POST = 'wrk.method = "POST"\nwrk.body = string.rep("0123456789", 1000)\n'
 CLOSE = 'wrk.headers["Connection"] = "close"\n'
 
@@ -248,5 +434,14 @@ WORKS: dict[str, Work] = {
         Download("tcp-down", "256 MB download, mode tcp", "tcp"),
         Upload("tcp-up", "256 MB upload, mode tcp", "tcp"),
         Requests("tcp-small", "64 connections, ping-pong, mode tcp", "tcp"),
+        Idle("idle-http", "5,000 idle kept-alive connections", "http", 5000),
+        Idle("idle-tcp", "2,000 idle tunnels, mode tcp", "tcp", 2000),
+        Crowd("round_robin"),
+        Crowd("least_connections"),
+        Crowd("random"),
+        Crowd("power_of_two"),
+        Crowd("least_time"),
+        Crowd("ip_hash", {"trusted_proxies": ["127.0.0.1"]}, MANY_CLIENTS),
+        Crowd("hash", {"hash_on": "path"}, MANY_PATHS),
     )
 }

@@ -1,0 +1,166 @@
+"""No exchange costs more than it did: work is counted, not timed, so that a busy machine changes nothing.
+
+What is bounded here is what the program costs. Where a change makes it cost less, lower the number that it beats;
+raise one only for a feature that is worth it to every request. `python tests/counting.py`, by each version of Python,
+prints what the numbers are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from balancer.log_formats import FORMATS
+from counting import (
+    GET,
+    VERSION,
+    WORKS,
+    CCalls,
+    Counting,
+    Instructions,
+    PythonCalls,
+    Rates,
+    Work,
+    no_strace,
+    on_journal,
+    on_reactor,
+    system_calls,
+)
+
+SLACK = 0.2
+"""What counts may be above their bounds, for each exchange: a few things happen with time, whatever is asked."""
+
+# All of these are for each exchange. Those of works are of the reactor's thread: `get` is a small request with three
+# fields on a connection that is kept alive, `varied` has twenty and a path and a cookie that are all different, `post`
+# has a body of 10 KB, `new` is a `get` with a connection of its own, `tcp` is a line and its echo through a tunnel.
+# Those of formats are of the thread that writes the log.
+
+SYSTEM_CALLS = {
+    "get": {"receive": 2, "send": 2, "poll": 2},
+    "varied": {"receive": 2, "send": 2, "poll": 2},
+    "post": {"receive": 3, "send": 2, "poll": 2},  # what cannot be sent twice looks first whether the backend hung up
+    "new": {"receive": 2, "send": 2, "poll": 3, "accept4": 2, "getsockname": 1, "epoll_ctl": 1, "close": 1},
+    "tcp": {"receive": 2, "send": 2, "poll": 2},
+}
+"""Of the real program. A kind that is not named must not occur."""
+
+WITH_TIME = {"futex": 0.5, "memory": 0.5}
+"""System calls that depend on the other threads, and on what the allocator has at hand: not one for each exchange."""
+
+PYTHON_CALLS = {"get": 30, "varied": 35, "post": 43, "new": 64, "tcp": 6, "text": 5, "haproxy": 3.2, "json": 8.5}
+"""Of functions that are written in Python, the standard library's too; the most of any version."""
+
+C_CALLS = {"get": 52, "varied": 68, "post": 58, "new": 78, "tcp": 22, "text": 6, "haproxy": 4, "json": 9}
+"""Of functions that are written in C; the most of any version."""
+
+INSTRUCTIONS = {
+    "3.10": {
+        "get": 1746,
+        "varied": 2027,
+        "post": 1977,
+        "new": 2535,
+        "tcp": 324,
+        "text": 141,
+        "haproxy": 172,
+        "json": 201,
+    },
+    "3.11": {
+        "get": 1758,
+        "varied": 2054,
+        "post": 1978,
+        "new": 2587,
+        "tcp": 352,
+        "text": 157,
+        "haproxy": 192,
+        "json": 232,
+    },
+    "3.12": {
+        "get": 1677,
+        "varied": 1959,
+        "post": 1880,
+        "new": 2444,
+        "tcp": 314,
+        "text": 144,
+        "haproxy": 175,
+        "json": 204,
+    },
+    "3.13": {
+        "get": 1684,
+        "varied": 1967,
+        "post": 1935,
+        "new": 2382,
+        "tcp": 319,
+        "text": 122,
+        "haproxy": 148,
+        "json": 185,
+    },
+}
+"""Of the interpreter, by its version."""
+
+ROOM = 1.1
+"""By how much instructions may be more: a branch here and there is no matter, a loop over octets is."""
+
+
+def excess(found: Rates, bounds: dict[str, float]) -> Rates:
+    """What is above its bound."""
+    return {name: rate for name, rate in found.items() if rate > bounds.get(name, 0) + SLACK}
+
+
+def check(counted: dict[type[Counting], Rates], row: str) -> None:
+    assert sum(counted[PythonCalls].values()) <= PYTHON_CALLS[row] + SLACK, counted[PythonCalls]
+    assert sum(counted[CCalls].values()) <= C_CALLS[row] + SLACK, counted[CCalls]
+    if VERSION in INSTRUCTIONS:
+        assert sum(counted[Instructions].values()) <= INSTRUCTIONS[VERSION][row] * ROOM, counted[Instructions]
+
+
+@pytest.fixture(scope="module")
+def strace() -> None:
+    if why := no_strace():
+        pytest.skip(why)
+
+
+def policy(directory: Path, expression: str) -> str:
+    """A policy of one's own, which chooses by that expression."""
+    (directory / "policy.py").write_text(f"import os\ndef select_server(backends, client):\n    return {expression}\n")
+    return "policy.py"
+
+
+# The bounds -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.program
+@pytest.mark.usefixtures("strace")
+@pytest.mark.parametrize("work", WORKS, ids=lambda work: work.name)
+def test_an_exchange_takes_no_more_system_calls(work: Work, tmp_path: Path):
+    found = system_calls(work, tmp_path)
+    assert not excess(found, SYSTEM_CALLS[work.name] | WITH_TIME), found
+
+
+@pytest.mark.parametrize("work", WORKS, ids=lambda work: work.name)
+def test_an_exchange_takes_no_more_calls_and_instructions(work: Work, tmp_path: Path):
+    check(on_reactor(work, tmp_path), work.name)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_line_of_the_log_takes_no_more_calls_and_instructions(format: str, tmp_path: Path):
+    check(on_journal(format, tmp_path), format)
+
+
+# The guard itself -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.program
+@pytest.mark.usefixtures("strace")
+def test_one_more_system_call_for_each_exchange_is_seen(tmp_path: Path):
+    found = system_calls(GET, tmp_path, "--algorithm", policy(tmp_path, "os.getppid() and backends[0]"))
+    assert excess(found, SYSTEM_CALLS["get"] | WITH_TIME) == {"getppid": pytest.approx(1, abs=0.1)}
+
+
+def test_one_more_call_for_each_exchange_is_seen_and_many_more_instructions_too(tmp_path: Path):
+    plain = on_reactor(GET, tmp_path, algorithm=policy(tmp_path, "backends[0]"))
+    expression = "(lambda: backends[len(())]" + " and backends[0]" * 100 + ")()"
+    more = on_reactor(GET, tmp_path, algorithm=policy(tmp_path, expression))
+    for kind in PythonCalls, CCalls:
+        assert sum(more[kind].values()) == pytest.approx(sum(plain[kind].values()) + 1, abs=SLACK)
+    assert sum(more[Instructions].values()) > sum(plain[Instructions].values()) * ROOM
