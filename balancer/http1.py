@@ -13,8 +13,9 @@ The rules that keep two readers of the same octets from seeing different message
 - a request's field whose name is that of one of these but for the signs between its words, like Content_Length or
   X_Forwarded_For, is dropped: behind CGI and its heirs, which spell every sign as "_", it would be taken for the other.
 
-On a kept-alive connection the next head is nearly always the last one again; if not, its fields are; and if not, most
-of its lines are. Each is remembered with what came of it: comparing and looking up are quick where parsing is not.
+On a kept-alive connection the next head is nearly always the last one again; if not, its fields are, or all but one;
+and if not, most of its lines were seen before. Each is remembered with what came of it: comparing and looking up are
+quick where parsing is not.
 What a head means depends on nothing but its octets and the reader's settings, so that a copy of it means the same.
 """
 
@@ -215,12 +216,16 @@ class RequestReader:
     """
 
     __slots__ = (
+        "_after",
         "_authority",
+        "_before",
         "_block",
         "_client",
         "_ending",
         "_ending_minor",
         "_fields",
+        "_fields_after",
+        "_fields_before",
         "_forwarded",
         "_known",
         "_last",
@@ -262,6 +267,10 @@ class RequestReader:
         self._meaning: _Meaning | None = None
         self._ending_minor = -1  # the minor version for which `_ending` was made of `_meaning`
         self._ending = b""
+        # A block that differs from the last in one line's value, a plain one's: what stands around that value in the
+        # block, and in what goes on of it.
+        self._before = self._after = b""
+        self._fields_before = self._fields_after = b""
 
     def read(self, buffer: bytes, seen: int = 0) -> tuple[Request, int] | None:
         """The request at the buffer's beginning and the length of its head; None while it is not complete.
@@ -353,18 +362,28 @@ class RequestReader:
 
     def _understand(self, block: bytes) -> None:
         """What a block of fields means, and what of it goes on unchanged."""
-        self._block = b""  # whatever happens, it does not stand for what the last one meant
+        before, after = self._before, self._after
+        short = len(before) + len(after) <= len(block) <= REMEMBERED
+        if before and short and block.startswith(before) and block.endswith(after):
+            value = block[len(before) : len(block) - len(after)]
+            if not value.translate(None, _TEXT):
+                self._block = block
+                self._fields = self._fields_before + value + self._fields_after
+                return
+        self._block = self._before = b""  # whatever happens, they do not stand for what the last one meant
         lines = block.split(b"\r\n")  # with nothing before the first CRLF, and nothing after the last
         if len(lines) - 2 > self._limits.fields:
             raise HttpError(431, "too many fields")
         known = self._known
-        telling = []
+        telling, new = [], []
         for line in filterfalse(known.plain.__contains__, lines[1:-1]):
             try:
                 said = known.telling.get(line) or known.learn(line)
             except ValueError:
                 raise HttpError(400, _what_is_wrong(block)) from None
-            if said is not None:
+            if said is None:
+                new.append(line)
+            else:
                 telling.append(line)
                 if said[0] != b"max-forwards":
                     lines.remove(line)
@@ -382,6 +401,18 @@ class RequestReader:
         self._ending_minor = -1
         if len(block) <= REMEMBERED:
             self._block = block
+            if len(new) == 1 and not meaning.dropped:
+                self._expect_others_of(new[0])
+
+    def _expect_others_of(self, line: bytes) -> None:
+        """The next block may have another value in this line, which nobody had seen before, and be the same else."""
+        name = line[: line.index(b":")]
+        self._before, _, self._after = self._block.partition(b"\r\n%b\r\n" % line)
+        self._fields_before, _, self._fields_after = self._fields.partition(b"\r\n%b\r\n" % line)
+        self._before += b"\r\n%b:" % name
+        self._fields_before += b"\r\n%b:" % name
+        self._after = b"\r\n" + self._after
+        self._fields_after = b"\r\n" + self._fields_after
 
     def _make_ending(self, meaning: _Meaning, host: bytes, minor: int) -> bytes:
         """All of the backend's head that follows the fields that go on unchanged."""

@@ -52,12 +52,11 @@ from balancer.http1 import (
 )
 from balancer.proxy_protocol import Address
 from balancer.pump import RESET, End, Flow, relay_body
-from balancer.reactor import NEVER, READ, Reactor
+from balancer.reactor import DONTWAIT, NEVER, READ, Reactor, send_now
 from balancer.stream import Stream, TlsTruncated
 from balancer.tunnel import Tunnel
 from balancer.upstream import NONE_AVAILABLE, Attempt, Refusal, Upstream
 
-DONTWAIT: Final = socket.MSG_DONTWAIT
 RECEIVE: Final = 65536  # octets asked for at once
 TURNS: Final = 65536  # octets of one body that the reactor moves itself
 REST_AFTER: Final = 1.0  # seconds of silence after which a pump gives its thread back
@@ -68,6 +67,7 @@ LONGEST_LOGGED: Final = 1024  # octets of a request line that could not be parse
 IDLE: Final = "idle"  # no request, or the beginning of one
 SEEKING: Final = "seeking"  # no connection to a backend yet
 WAITING: Final = "waiting"  # for the head of the answer
+PASSING: Final = "passing"  # all of the answer is about to be sent
 ANSWERING: Final = "answering"  # the answer's body is on its way
 ANSWERED: Final = "answered"  # but the request's body is not through
 TUNNEL: Final = "tunnel"
@@ -459,21 +459,31 @@ class HttpSession:
         self._connected_after = now - self._began
         data = request.head + self._up_first if self._up_first else request.head
         self._state = WAITING
-        try:
-            sent = upstream.sock.send(data, DONTWAIT)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self._no_answer()
+        if self._up_body is None:
+            self.deadline = now + front.timeouts.server
+            undisturbed = self._reading and not self._buffer and self.trail is None and self._source is self._address
+            self._plain = undisturbed and request.plain and not self._extra
+            self._reactor.outbox.append((upstream.sock, data, self))
             return
-        whole = self._up_body is None
-        self.deadline = now + (front.timeouts.server if whole or self._waits_for_continue else front.timeouts.client)
-        if sent < len(data):
-            self._pump_up(data[sent:])
-        elif not whole:
-            self._resume_reading()
-        elif self._reading and not self._buffer and self.trail is None and self._source is self._address:
-            self._plain = request.plain and not self._extra
+        self._plain = False
+        self.deadline = now + (front.timeouts.server if self._waits_for_continue else front.timeouts.client)
+        self._resume_reading()
+        self.on_sent(upstream.sock, send_now(upstream.sock, data))
+
+    def on_sent(self, sock: Stream, rest: bytes | None) -> None:
+        """The reactor has sent what a plain half of an exchange is, or a whole request; `rest` is what it could not."""
+        if self._state is PASSING:
+            if rest is None:
+                self._client_lost()
+            elif rest:
+                self._pass_on_slowly(rest)
+            else:
+                self._passed_on()
+        elif rest != b"" and self._upstream is not None and self._upstream.sock is sock:
+            if rest is None:
+                self._no_answer()
+            else:
+                self._pump_up(rest)
 
     def ends(self) -> tuple[Address, Address]:
         return self._source, own_end(self._sock)
@@ -622,35 +632,28 @@ class HttpSession:
         self._begin_answer(answer, request, rest)
 
     def _pass_on(self, upstream: Upstream, answer: Answer, body: bytes) -> None:
-        """The answer of a plain exchange, all of which is here: send it, count and log it, and be as before."""
-        self._plain = False
-        front, backend, request = self._front, upstream.backend, self._request
-        assert request is not None
+        """The answer of a plain exchange, all of which is here."""
         now = self._reactor.now
         self._answered_after = after = now - self._began
-        backend.answered_in(after - self._connected_after, now)
-        if after >= front.slow:
-            self._begin_answer(answer, request, body)
+        upstream.backend.answered_in(after - self._connected_after, now)
+        if after >= self._front.slow:
+            assert self._request is not None
+            self._begin_answer(answer, self._request, body)
             return
-        out = (answer.plain if self._persistent else answer.closing) + body
-        try:
-            sent = self._sock.send(out, DONTWAIT)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self._client_lost()
-            return
-        if sent < len(out):
-            self._answer = answer
-            self._status = answer.status
-            self._octets_out = answer.length
-            self._state = ANSWERING
-            self._down_body = LengthBody(0)
-            self._down_encode = as_is
-            self._pump_down(out[sent:], b"")
-            return
+        self._state = PASSING
+        self._answer = answer
+        self._status = answer.status
+        head = answer.plain if self._persistent else answer.closing
+        self._reactor.outbox.append((self._sock, head + body, self))
+
+    def _passed_on(self) -> None:
+        """A plain exchange has ended: count it, log it, and be as before it. What `_complete` does, in less time."""
+        front, upstream, answer, request = self._front, self._upstream, self._answer, self._request
+        assert upstream is not None
+        assert answer is not None
+        assert request is not None
+        backend, head, after = upstream.backend, self._head_after, self._answered_after
         backend.tally.add(answer.status, self._octets_in, answer.length, after)
-        head, connected = self._head_after, self._connected_after
         front.record(
             (
                 time.time(),
@@ -661,7 +664,7 @@ class HttpSession:
                 backend.id,
                 head,
                 head,
-                connected,
+                self._connected_after,
                 after,
                 after,
                 "--",
@@ -679,16 +682,29 @@ class HttpSession:
             front.upstreams.keep(upstream)
         else:
             front.upstreams.discard(upstream)
-        if not self._persistent:
-            self._go_on(hasty=True)
+        if not self._plain or not self._persistent:
+            self._plain = False
+            self._go_on(hasty=not self._buffer)
             return
         self._state = IDLE
+        self._status = 0
         self._request = None
         self._began = NEVER
-        self.deadline = now + front.timeouts.client_idle
+        self.deadline = self._reactor.now + front.timeouts.client_idle
         if self._up_first:
             self._up_first = b""
             self._octets_in = 0
+
+    def _pass_on_slowly(self, rest: bytes) -> None:
+        """The client does not take all of a plain answer at once."""
+        answer = self._answer
+        assert answer is not None
+        self._plain = False
+        self._octets_out = answer.length
+        self._state = ANSWERING
+        self._down_body = LengthBody(0)
+        self._down_encode = as_is
+        self._pump_down(rest, b"")
 
     def _begin_answer(self, answer: Answer, request: Request, rest: bytes) -> None:
         """The general case: work out both framings, send the head, and begin with the body."""

@@ -11,7 +11,7 @@ Bytes that need not be looked at move by `os.splice` through a pipe, without bei
 descriptors for a pipe or no pages to make it large, they are received and sent.
 
 A sender that is as fast as we are would wake us for each piece that it sends, and pay for that itself. So after a small
-move in a flood a pump lets the next ones gather for a moment, as a network card holds its interrupts back: see `_Pace`.
+move in a flood a pump lets the next ones gather for a moment, as a network card holds its interrupts back: see `Pace`.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def relay_body(flow: Flow, body: Body, encode: Encoder, first: bytes = b"", last
     try:
         if first:
             _send_all(flow, first)
-        pace = _Pace()
+        pace = Pace()
         while not body.done:
             moved = _move_content(flow, body, encode)
             if not moved:
@@ -248,7 +248,7 @@ def relay_stream(flow: Flow, first: bytes = b"") -> None:
         if first:
             _send_all(flow, first)
             flow.octets += len(first)
-        pace = _Pace()
+        pace = Pace()
         while moved := _move(flow, PIECE):
             pace.moved(moved)
         flow.end = End.DONE if half_close(flow.sink) else End.SINK_LOST
@@ -256,16 +256,17 @@ def relay_stream(flow: Flow, first: bytes = b"") -> None:
         flow.end, flow.problem = ended.end, ended.problem
 
 
-class _Pace:
+class Pace:
     """Lets what a flood brings gather between two moves, where that makes the moves larger.
 
     A dialogue gains nothing by a pause: its next message comes when the last one is answered. So a pause that is not
     followed by more octets than a move without one brings is not tried again soon.
     """
 
-    __slots__ = ("_paused", "_usual", "_wary")
+    __slots__ = ("_paused", "_sleep", "_usual", "_wary")
 
-    def __init__(self) -> None:
+    def __init__(self, sleep: Callable[[float], object] = time.sleep) -> None:
+        self._sleep = sleep
         self._paused = False
         self._usual = 0  # octets of the last small move that had no pause before it
         self._wary = WARY  # small moves until a pause may be tried
@@ -278,7 +279,7 @@ class _Pace:
             self._wary = WARY
         self._paused = octets < FEW and not self._wary
         if self._paused:
-            time.sleep(MOMENT)
+            self._sleep(MOMENT)
         elif octets < FEW:
             self._wary -= 1
 

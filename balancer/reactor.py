@@ -9,6 +9,10 @@ One thread runs it, and everything registered here is called on that thread. Thr
   is some 50 ns for each connection and sweep, and a deadline is kept to within one `tick`.
 - Another thread says something by `call_soon`: pumps that ended, the health thread, an operator.
 
+What handlers have to send may go to `outbox`, and is sent once all handlers of a batch have run: a processor that does
+the same thing many times in a row does it faster than one that does many things in turn (a tenth of all that a small
+request costs).
+
 A handler that raises loses its own connection and nothing else: `owner.crashed(error)` is its chance to clean up.
 """
 
@@ -23,6 +27,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
+
+DONTWAIT = int(socket.MSG_DONTWAIT)  # the enumeration's own members are slow to combine and to pass
 
 READ = 1  # EPOLLIN
 WRITE = 4  # EPOLLOUT
@@ -40,6 +46,30 @@ class Timed(Protocol):
     def expired(self, now: float) -> None: ...
 
     def crashed(self, error: Exception) -> None: ...
+
+
+class Sink(Protocol):
+    """What can be sent to without waiting: `send` takes flags, and returns how many octets it has taken."""
+
+    def send(self, data: bytes, flags: int, /) -> int: ...
+
+
+class Sender(Protocol):
+    """Who has something in the outbox."""
+
+    def on_sent(self, sock: Any, rest: bytes | None) -> None:
+        """It was sent but for `rest`; None: the connection is lost. Called when all of the outbox has been sent."""
+
+
+def send_now(sock: Sink, data: bytes) -> bytes | None:
+    """Send what is taken at once. Returns the rest; None where the connection is lost."""
+    try:
+        sent = sock.send(data, DONTWAIT)
+    except BlockingIOError:
+        return data
+    except OSError:
+        return None
+    return data[sent:]
 
 
 class _Poller(Protocol):
@@ -103,6 +133,7 @@ class Reactor:
         self._bell, self._bell_button = socket.socketpair()
         self._bell.setblocking(False)
         self._bell_button.setblocking(False)
+        self.outbox: list[tuple[Sink, bytes, Sender]] = []
         self.handlers: dict[int, Handler] = {}  # change an entry to hand a descriptor to another handler
         self.timed: set[Timed] = set()
         self.ready: dict[int, int] = {}  # descriptors of the current batch whose handlers were not called yet
@@ -193,6 +224,8 @@ class Reactor:
                     handler(mask)
                 except Exception as error:
                     self._crashed(handler, error)
+            if self.outbox:
+                self._send_out()
             if self._calls:
                 self._make_calls()
             if now >= next_sweep:
@@ -210,6 +243,8 @@ class Reactor:
         for _ in range(len(self._calls)):
             function, arguments = self._calls.popleft()
             self.call(function, *arguments)
+            if self.outbox:
+                self._send_out()
 
     def _sweep(self, now: float) -> None:
         for timed in [timed for timed in self.timed if timed.deadline <= now]:
@@ -217,6 +252,19 @@ class Reactor:
                 continue  # an earlier one's end changed it
             timed.deadline = NEVER
             self.call(timed.expired, now)
+            if self.outbox:
+                self._send_out()
+
+    def _send_out(self) -> None:
+        """Send what is in the outbox, and then tell those whose it was, who may fill it again."""
+        while self.outbox:
+            outbox, self.outbox = self.outbox, []
+            rests = [send_now(sock, data) for sock, data, _ in outbox]
+            for (sock, _, sender), rest in zip(outbox, rests, strict=True):
+                try:
+                    sender.on_sent(sock, rest)
+                except Exception as error:
+                    self._crashed(sender.on_sent, error)
 
     def _crashed(self, function: Callable[..., None], error: Exception) -> None:
         method = getattr(function, "func", function)  # what a partial stands for

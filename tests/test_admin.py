@@ -415,13 +415,14 @@ def test_stop_lets_a_change_end_and_answer():
         asked.set()
         go_on.wait(PATIENCE)
 
-    with serving() as port, port.connect() as sock:
+    with serving() as port, port.connect() as sock, port.connect() as idle:
         port.operator.on_change = think
         sock.sendall(port.head("POST", "/api/reload", Authorization=f"Bearer {TOKEN}"))
         assert asked.wait(PATIENCE)
+        eventually(lambda: len(port.server._deadlines) == 2, "the other is accepted")
         stop = threading.Thread(target=port.server.stop)
         stop.start()
-        eventually(lambda: port.server.socket.fileno() < 0, "the port is closed")
+        assert idle.recv(1) == b"", "who waits for nothing is cut once the port is closed"
         go_on.set()
         assert read_response(sock).status == 200
         sock.close()

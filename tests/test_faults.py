@@ -252,9 +252,7 @@ def test_octets_behind_an_answer_go_nowhere(tmp_path):
     """RFC 9112 section 6.3: the connection that they came on is not used again."""
     with (
         FakeBackend(OK + b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwrong") as backend,
-        running(
-            tmp_path, [(backend.host, backend.port)], health_check={"type": "tcp", "interval": 1000}
-        ) as balancer,
+        running(tmp_path, [(backend.host, backend.port)], health_check={"type": "tcp", "interval": 1000}) as balancer,
         connect(balancer) as client,
         client.makefile("rb") as file,
     ):
@@ -275,9 +273,7 @@ def test_a_kept_connection_that_the_backend_closes_is_replaced(tmp_path):
 
     with (
         FakeBackend(once) as backend,
-        running(
-            tmp_path, [(backend.host, backend.port)], health_check={"type": "tcp", "interval": 1000}
-        ) as balancer,
+        running(tmp_path, [(backend.host, backend.port)], health_check={"type": "tcp", "interval": 1000}) as balancer,
         connect(balancer) as client,
         client.makefile("rb") as file,
     ):
@@ -297,9 +293,7 @@ def test_a_post_is_never_sent_twice(tmp_path):
 
     with (
         FakeBackend(once) as backend,
-        running(
-            tmp_path, [(backend.host, backend.port)], health_check={"type": "tcp", "interval": 1000}
-        ) as balancer,
+        running(tmp_path, [(backend.host, backend.port)], health_check={"type": "tcp", "interval": 1000}) as balancer,
         connect(balancer) as client,
         client.makefile("rb") as file,
     ):
@@ -313,9 +307,7 @@ def test_a_post_is_never_sent_twice(tmp_path):
 def test_an_exchange_without_a_thread_for_its_body_is_refused_and_the_rest_goes_on(tmp_path):
     with (
         FakeBackend(OK) as backend,
-        running(
-            tmp_path, [(backend.host, backend.port)], health_check={"type": "tcp", "interval": 1000}
-        ) as balancer,
+        running(tmp_path, [(backend.host, backend.port)], health_check={"type": "tcp", "interval": 1000}) as balancer,
         connect(balancer) as client,
         connect(balancer) as other,
     ):

@@ -464,9 +464,20 @@ def test_thread_is_named_and_gone_after_stop(path: Path):
     log.stop()  # once more does nothing
 
 
-def test_exchange_is_the_append_of_a_deque(path: Path):
-    """Nothing else may happen on the reactor's thread: at 50,000 requests per second each microsecond is 5%."""
-    assert type(Journal(str(path)).exchange).__name__ == "builtin_function_or_method"
+def test_an_exchange_is_a_line_at_once_which_waits_for_the_thread(path: Path):
+    """Nobody who logs waits for a disk."""
+    log = Journal(str(path))
+    log.exchange(exchange())
+    assert [line.split()[3] for line in log._waiting] == ["127.0.0.1:54321"]
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("settings", [{"path": ""}, {"level": "error"}])
+def test_what_is_not_written_is_not_made_into_lines(path: Path, settings: dict[str, str]):
+    log = Journal(**{"path": str(path), **settings})
+    log.exchange(("nonsense",))  # type: ignore[arg-type]
+    assert not log._waiting
+    assert not log.events
 
 
 @pytest.mark.parametrize("name", FORMATS)

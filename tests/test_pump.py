@@ -21,7 +21,7 @@ import pytest
 
 from balancer import pump
 from balancer.framing import LAST_CHUNK, ChunkedBody, CloseBody, LengthBody, as_chunk, as_is
-from balancer.pump import PIECE, End, Flow, Pumps, relay_body, relay_stream
+from balancer.pump import FEW, NARROW, PIECE, WARY, WIDE, End, Flow, Pace, Pipe, Pumps, relay_body, relay_stream
 from conftest import PATIENCE, eventually
 from fakes import hang_up
 
@@ -435,6 +435,109 @@ def test_a_pipe_that_would_stay_small_is_closed_and_it_is_copied(splicing, monke
     pumped(lambda: relay_stream(splicing.flow), lambda: open_then.append(len(os.listdir("/proc/self/fd"))))
     assert read_all(splicing.taker) == b"copied"
     assert open_then == [before]
+
+
+def capacity(pipe: Pipe) -> int:
+    return pump.fcntl.fcntl(pipe.inlet, 1032)  # F_GETPIPE_SZ, which Python 3.10 has no name for on every system
+
+
+def granted(octets: int) -> bool:
+    """Does this user get a pipe of this size?"""
+    outlet, inlet = os.pipe()
+    try:
+        pump.fcntl.fcntl(inlet, 1031, octets)
+    except OSError:
+        return False
+    finally:
+        os.close(outlet)
+        os.close(inlet)
+    return True
+
+
+@pytest.fixture
+def wide(monkeypatch) -> None:
+    """None of the wide pipes that there may be is taken, and the system grants them."""
+    if not (pump.SPLICES and granted(PIECE)):
+        pytest.skip("there are no wide pipes")
+    monkeypatch.setattr(pump, "_wide_pipes", threading.BoundedSemaphore(WIDE))
+
+
+def test_only_so_many_pipes_are_wide_and_one_that_is_closed_makes_room(wide):
+    """A program that took all of its user's pages for pipes would leave other programs pipes of two pages."""
+    pipes = [Pipe() for _ in range(WIDE + 1)]
+    try:
+        assert [capacity(pipe) for pipe in pipes] == [PIECE] * WIDE + [NARROW]
+        for pipe in (pipes.pop(), pipes.pop()):
+            pipe.close()
+        pipes += [Pipe(), Pipe()]
+        assert [capacity(pipe) for pipe in pipes[-2:]] == [PIECE, NARROW]
+    finally:
+        for pipe in pipes:
+            pipe.close()
+
+
+def test_where_a_wide_pipe_is_refused_it_is_narrow_and_carries_all(wide, splicing, monkeypatch):
+    """A user who is not root may set the size of one pipe to no more than pipe-max-size (pipe(7))."""
+    real = pump.fcntl.fcntl
+
+    def fcntl(fd: int, command: int, argument: int = 0) -> int:
+        if argument > NARROW:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        return real(fd, command, argument)
+
+    monkeypatch.setattr(pump.fcntl, "fcntl", fcntl)
+    pipes = [Pipe() for _ in range(WIDE + 1)]
+    assert {capacity(pipe) for pipe in pipes} == {NARROW}
+    for pipe in pipes:
+        pipe.close()
+    data = octets(3 * PIECE)
+    giver = sent_by(splicing.giver, data, then_close=True)
+    with pumping(lambda: relay_stream(splicing.flow)):
+        assert digest(read_all(splicing.taker)) == digest(data)
+    giver.join()
+    assert (splicing.flow.octets, splicing.flow.copies) == (len(data), False)
+
+
+# The pace of a flood ----------------------------------------------------------------------------------------------
+
+
+class Sender:
+    """Gives a pace its moves, and counts the pauses: a move after a pause brings `gathered` octets, others `usual`."""
+
+    def __init__(self, usual: int, gathered: int) -> None:
+        self.usual, self.gathered = usual, gathered
+        self.pauses = 0
+        self.pace = Pace(self._sleep)
+
+    def _sleep(self, seconds: float) -> None:
+        assert 0 < seconds < 0.001, "nobody notices it"
+        self.pauses += 1
+
+    def moves(self, count: int) -> int:
+        """So many moves; the pauses among them."""
+        first = before = self.pauses
+        self.pace.moved(self.usual)
+        for _ in range(count - 1):
+            paused, before = self.pauses > before, self.pauses
+            self.pace.moved(self.gathered if paused else self.usual)
+        return self.pauses - first
+
+
+@pytest.mark.parametrize("gathered", [3000, FEW - 1])
+def test_as_long_as_pauses_make_the_moves_larger_they_go_on(gathered):
+    sender = Sender(1000, gathered)
+    assert sender.moves(WARY) == 0, "what is short is not held up"
+    assert sender.moves(100) == 100
+
+
+def test_a_move_that_is_large_needs_no_pause():
+    assert Sender(FEW, FEW).moves(1000) == 0
+    assert Sender(FEW - 1, PIECE).moves(WARY + 100) == 50, "nor does one that a pause made large"
+
+
+def test_a_dialogue_is_hardly_ever_held_up():
+    """Its next message comes when this one is answered, however long the pump pauses."""
+    assert Sender(40_000, 40_000).moves(100 * (WARY + 1)) == 100
 
 
 # The threads ------------------------------------------------------------------------------------------------------
