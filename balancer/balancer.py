@@ -227,9 +227,7 @@ class LoadBalancer:
             self._discard()
             raise OSError(f"cannot open the log {self.config.log.file}: {os.strerror(error.errno or 0)}") from None
         config = self.config
-        self._journal.event(
-            "info", f"start: {self.url}, {self.strength}, {config.algorithm}, from {config.source}"
-        )
+        self._journal.event("info", f"start: {self.url}, {self.strength}, {config.algorithm}, from {config.source}")
         self._warn(self._keys)
         if self._no_admin:
             self._journal.event("warning", self._no_admin)

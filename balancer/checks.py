@@ -239,7 +239,7 @@ def hash_on(value: Any, at: Place) -> str:
 
 def cookie_name(value: Any, at: Place) -> str:
     if not re.fullmatch(TOKEN, string(value, at)):
-        raise at.wrong(f"must be a name such as \"lb\", not {shown(value)}")
+        raise at.wrong(f'must be a name such as "lb", not {shown(value)}')
     return str(value)
 
 

@@ -570,5 +570,3 @@ def _settled(config: Config) -> Config:
     """Probes are of the mode's kind unless the file says otherwise."""
     probe = config.health_check
     return replace(config, health_check=replace(probe, type=config.mode)) if probe.follows_mode else config
-
-

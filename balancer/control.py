@@ -168,6 +168,4 @@ def _admin(word: Any) -> Admin:
     try:
         return Admin(word)
     except ValueError:
-        raise ConfigError(
-            f'{SOURCE}: state: must be "ready", "drain" or "maint", not {json.dumps(word)}'
-        ) from None
+        raise ConfigError(f'{SOURCE}: state: must be "ready", "drain" or "maint", not {json.dumps(word)}') from None

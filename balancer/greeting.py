@@ -15,7 +15,7 @@ from balancer.checks import format_address
 from balancer.frontend import Frontend, MakeSession, Session
 from balancer.handshake import CLOSED, HTTP, LATE, UNUSED, Handshake
 from balancer.proxy_protocol import Address, ProxyError, parse
-from balancer.reactor import NEVER, READ
+from balancer.reactor import DONTWAIT, NEVER, PEEK, READ
 from balancer.stream import Stream
 
 LONGEST_HEADER = 65551  # octets of a PROXY header
@@ -103,11 +103,11 @@ class Greeting:
     def _on_header(self, mask: int) -> None:
         sock = self._sock
         try:
-            seen = sock.recv(LONGEST_HEADER, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            seen = sock.recv(LONGEST_HEADER, PEEK | DONTWAIT)
             header = parse(self._header + seen) if seen else None
             # All of what is there belongs to a header that is not complete yet.
             taken = header.length - len(self._header) if header else len(seen)
-            self._header += sock.recv(taken, socket.MSG_DONTWAIT) if taken else b""
+            self._header += sock.recv(taken, DONTWAIT) if taken else b""
         except BlockingIOError:
             return
         except ProxyError as error:

@@ -1,6 +1,6 @@
 """TLS handshakes: waiting is the reactor's, what costs time to compute is done by a few threads of their own.
 
-A handshake reads by MSG_PEEK and takes from the kernel only what it consumed: data behind its last flight is announced
+A handshake reads by MSGPEEK and takes from the kernel only what it consumed: data behind its last flight is announced
 to whoever registers the descriptor next. While a thread computes, it owns the socket.
 
 Handshakes with clients are bounded in time and in number, counted from their first octet. When there are too many, the
@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from balancer.backend import tls_in_words
-from balancer.reactor import NEVER, READ, WRITE, Reactor
+from balancer.reactor import DONTWAIT, NEVER, PEEK, READ, WRITE, Reactor
 from balancer.stream import TlsStream
 
 FLIGHT = 16384  # octets of a handshake taken at once
@@ -27,9 +27,6 @@ HTTP = "http"  # why a handshake failed: it was plain HTTP. The socket is open a
 LATE = "not complete within"  # how the reason begins when time was over
 CLOSED = "closed within the handshake"
 UNUSED = "closed before a handshake"  # why it failed: nothing came at all
-
-_DONTWAIT = int(socket.MSG_DONTWAIT)  # plain numbers: flags of an enumeration cost a microsecond to combine
-_PEEK = int(socket.MSG_PEEK)
 
 
 class _Failed(Exception):
@@ -198,7 +195,7 @@ class Handshake:
             self._incoming.write(self._first)
         elif self.server_side or self._tls is not None:  # else we speak first
             try:
-                arrived = self._sock.recv(FLIGHT, _PEEK | _DONTWAIT)
+                arrived = self._sock.recv(FLIGHT, PEEK | DONTWAIT)
             except BlockingIOError:
                 return READ
             if not arrived:
@@ -226,14 +223,14 @@ class Handshake:
 
     def _take(self, octets: int) -> None:
         if octets > 0:
-            self._sock.recv(octets, _DONTWAIT)
+            self._sock.recv(octets, DONTWAIT)
 
     def _send(self) -> int:
         """Send what the handshake has to say, and return what is to be waited for then."""
         self._unsent += self._outgoing.read()
         if self._unsent:
             try:
-                self._unsent = self._unsent[self._sock.send(self._unsent, _DONTWAIT) :]
+                self._unsent = self._unsent[self._sock.send(self._unsent, DONTWAIT) :]
             except BlockingIOError:
                 pass
         return WRITE if self._unsent else READ

@@ -20,7 +20,7 @@ request is in `_up_first`; see `_may_repeat`.
 Nearly all exchanges are *plain*: the request was sent whole, nothing else has happened until the answer comes, and that
 comes whole, with a head that the backend has sent before. `_plain` says that the first half was so, and whatever else
 happens clears it; `_pass_on` is the second half, and does what the general case would do. `_known` is a client's last
-head, if that began a plain exchange.
+head, where nothing has to be thought of when it comes again, and `_known_octets` the length of such a request, or -1.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ class HttpSession:
         "_front",
         "_head_after",
         "_known",
+        "_known_octets",
         "_known_request",
         "_number",
         "_octets_in",
@@ -152,7 +153,7 @@ class HttpSession:
         self._client = format_address(address[0], address[1])
         self._counted = False  # among the connections of its client
         self._reader = front.reader(self._peer)
-        self._known: bytes | None = None
+        self._known_octets = -1
         self._reading = False  # is the client's descriptor registered?
         self._state = IDLE
         self._buffer = b""  # what came from the client and is not consumed: a head begun, or pipelined requests
@@ -215,7 +216,7 @@ class HttpSession:
 
     def drain(self) -> None:
         """Answer one more request at most, and say with its answer that it was the last."""
-        self._known = None
+        self._known_octets = -1
         if self._state is not IDLE:
             self._persistent = False
         elif not self._head_begun:
@@ -224,7 +225,7 @@ class HttpSession:
     def configured(self) -> None:
         """Read and judge the next request by the settings as they are now."""
         self._reader = self._front.reader(self._peer)
-        self._known = None
+        self._known_octets = -1
         self.key = self._peer
         self.wanted = None
 
@@ -249,10 +250,15 @@ class HttpSession:
         except OSError:
             self._client_lost()
             return
-        if data == self._known and self._state is IDLE and not self._buffer:
+        known = len(data) == self._known_octets and data.startswith(self._known)
+        if known and self._state is IDLE and not self._buffer:
             self._began = self._reactor.now
             self._persistent = True
-            self._ask(self._known_request)
+            request = self._known_request
+            if request.length:
+                self._up_first = data[len(self._known) :]
+                self._octets_in = request.length
+            self._ask(request)
         elif not data:
             self._client_ended()
         elif self._state is IDLE:
@@ -366,12 +372,17 @@ class HttpSession:
             return
         if request.length == 0:
             self._buffer = rest
+        elif request.length == len(rest):
+            self._buffer = b""
+            self._up_first = rest
+            self._octets_in = request.length
         elif not self._begin_body(request, rest):
             return
         if front.keyed:
             self._find_key(request)
-        elif request.length == 0 and request.plain and self._persistent and not front.guarded and length <= REMEMBERED:
+        elif self._persistent and not front.guarded and request.length >= 0 and length <= REMEMBERED:
             self._known, self._known_request = request.received, request
+            self._known_octets = len(request.received) + request.length
         self._ask(request)
 
     def _ask(self, request: Request) -> None:
@@ -740,9 +751,7 @@ class HttpSession:
         self._down_turns = TURNS
         self._down_encode = encode
         self._octets_out = len(content)
-        head = answer_head(
-            answer, framing, request.minor, self._persistent, time.time(), self._request_id, self._extra
-        )
+        head = answer_head(answer, framing, request.minor, self._persistent, time.time(), self._request_id, self._extra)
         self._send_down(head + encode(content))
 
     def _download(self, data: bytes) -> None:

@@ -1,6 +1,6 @@
 """TLS connections that are used like sockets.
 
-A `TlsStream` has the calls by which the rest uses a connection, with a socket's meaning: MSG_DONTWAIT, MSG_PEEK,
+A `TlsStream` has the calls by which the rest uses a connection, with a socket's meaning: MSGDONTWAIT, MSGPEEK,
 SO_RCVTIMEO and SO_SNDTIMEO, shutdown from another thread, half-closes, a reset by SO_LINGER. What differs:
 
 - `recv` returns everything that the ciphertext it took yields, which may be more than was asked for, so that nothing
@@ -13,7 +13,7 @@ The rules that keep this right:
 - One thread receives and one sends, as with any connection (DESIGN.md), but both work on one SSL object, which two
   threads must never enter at once. `_lock` guards that object, its buffers and everything about sending.
 - Records must leave in the order in which they were encrypted, and reading produces some, too: answers to key updates,
-  alerts. Who holds the lock may offer the kernel what is due by MSG_DONTWAIT, which does not wait. A `send` that waits
+  alerts. Who holds the lock may offer the kernel what is due by MSGDONTWAIT, which does not wait. A `send` that waits
   leaves the lock; while `_sending` says so, everybody else leaves what is due to that thread.
 - So whenever the lock is free and something is due, either `_sending` is true, or `_armed`: the reactor watches a
   duplicate of the descriptor until it is writable. (A duplicate, for the descriptor itself may be registered by its
@@ -34,7 +34,7 @@ import threading
 from typing import Any, Protocol
 
 from balancer.backend import tls_in_words
-from balancer.reactor import NEVER, WRITE, Reactor
+from balancer.reactor import DONTWAIT, NEVER, PEEK, WRITE, Reactor
 
 RECORD = 16384  # octets of content in one record at most (RFC 8446, section 5.1)
 MOST = 65536  # octets that are encrypted ahead of the kernel, and for which the lock is held without a break
@@ -43,11 +43,6 @@ GULP = MOST + (MOST >> 4)  # octets of ciphertext asked for at once: what MOST o
 MOST_DUE = 2 * MOST  # octets that may be due: a peer that asks for key updates and does not read makes them more
 FLUSH = 60.0  # seconds that a connection which was closed may take to pass on what is due
 RETRY = 0.2  # seconds until a duplicate descriptor is tried again, when none could be had
-
-
-# Plain integers: to combine members of the enumeration that these are of takes a microsecond.
-_DONTWAIT = int(socket.MSG_DONTWAIT)
-_PEEK = int(socket.MSG_PEEK)
 
 
 class TlsTruncated(ConnectionResetError):
@@ -118,7 +113,7 @@ class TlsStream:
         self._outgoing = outgoing  # ciphertext that it has produced; goes after `_due`
         self._lock = threading.Lock()
         # The receiver's.
-        self._found = b""  # by MSG_PEEK
+        self._found = b""  # by MSGPEEK
         self._ended = False
         self._problem: tuple[type[ConnectionResetError], str] | None = None  # unless it ended in peace
         # The lock's.
@@ -148,22 +143,22 @@ class TlsStream:
     def recv(self, size: int, flags: int = 0) -> bytes:
         """Take about `size` octets of ciphertext, and return all that they yield; b"" once the peer sent close_notify.
 
-        Raises BlockingIOError as a socket does; with MSG_DONTWAIT also where what came was no data, or half a record.
-        Raises TlsTruncated, TlsBroken or another OSError where the connection is lost. What MSG_PEEK found is kept for
+        Raises BlockingIOError as a socket does; with MSGDONTWAIT also where what came was no data, or half a record.
+        Raises TlsTruncated, TlsBroken or another OSError where the connection is lost. What MSGPEEK found is kept for
         the next call.
         """
         flags = int(flags)
         if self._found:
             data = self._found
-            if not flags & _PEEK:
+            if not flags & PEEK:
                 self._found = b""
             return data
-        dontwait = flags & _DONTWAIT
+        dontwait = flags & DONTWAIT
         most = min(size + (size >> 4), GULP) if size > RECORD else LEAST
         while not self._ended:
             data = self._decrypt(self._sock.recv(most, dontwait))
             if data:
-                if flags & _PEEK:
+                if flags & PEEK:
                     self._found = data
                 return data
             if dontwait and not self._ended:
@@ -234,10 +229,10 @@ class TlsStream:
     def send(self, data: bytes | memoryview, flags: int = 0) -> int:
         """Encrypt and send some of it, and return how much. A little of that may still be due.
 
-        Raises BlockingIOError where the kernel took nothing, neither of this nor of what was due. Without MSG_DONTWAIT,
+        Raises BlockingIOError where the kernel took nothing, neither of this nor of what was due. Without MSGDONTWAIT,
         0 means that it took some of what was due before the time of SO_SNDTIMEO was over.
         """
-        if not int(flags) & _DONTWAIT:
+        if not int(flags) & DONTWAIT:
             return self._send_waiting(data)
         size = len(data)
         with self._lock:
@@ -312,7 +307,7 @@ class TlsStream:
             due = due + self._outgoing.read() if due else self._outgoing.read()
         try:
             if due:
-                sent = self._sock.send(due, _DONTWAIT)
+                sent = self._sock.send(due, DONTWAIT)
                 due = due[sent:]
             if self._finishing and not due:
                 self._finishing = False

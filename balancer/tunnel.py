@@ -22,14 +22,12 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from functools import partial
-from typing import Final
 
 from balancer.pump import RESET, End, Flow, Pumps, half_close, relay_stream
-from balancer.reactor import NEVER, READ, Reactor
+from balancer.reactor import DONTWAIT, NEVER, READ, Reactor
 from balancer.stream import Stream
 
 TURN = 32768  # octets that are asked for at once; when that many are there, a pump is worth its start
-DONTWAIT: Final = int(socket.MSG_DONTWAIT)
 REST_AFTER = 2.0  # seconds of silence after which a direction gives its thread back
 
 

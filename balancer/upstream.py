@@ -32,7 +32,7 @@ from balancer.handshake import Handshake, Handshaker
 from balancer.pool import Pool
 from balancer.proxy_protocol import Address, v1, v2
 from balancer.pump import RESET
-from balancer.reactor import NEVER, READ, WRITE, Reactor
+from balancer.reactor import DONTWAIT, NEVER, PEEK, READ, WRITE, Reactor
 from balancer.stream import Stream
 
 # Seconds that an idle connection is kept: less than the keep-alive of common application servers (uvicorn and Node
@@ -40,6 +40,8 @@ from balancer.stream import Stream
 KEEP_IDLE = 4.0
 MOST_IDLE = 1024  # idle connections kept for one backend
 RETRY_PAUSE = 0.25  # seconds
+
+_LOOK = PEEK | DONTWAIT
 
 # Failures of ours, which no other backend would be spared.
 _NO_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE))
@@ -91,7 +93,7 @@ class Upstream:
     def is_stale(self) -> bool:
         """Has the backend closed it, or said something that nobody asked for?"""
         try:
-            self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            self.sock.recv(1, _LOOK)
         except BlockingIOError:
             return False
         except OSError:
@@ -187,7 +189,7 @@ class Attempt:
         if backend.send_proxy:
             build = v2 if backend.send_proxy == "v2" else v1
             with suppress(OSError):  # it is lost, which whatever comes next will notice
-                sock.send(build(*self._seeker.ends()), socket.MSG_DONTWAIT)  # a fresh connection takes it whole
+                sock.send(build(*self._seeker.ends()), DONTWAIT)  # a fresh connection takes it whole
         if backend.tls_context is None:
             self._opened(sock)
             return

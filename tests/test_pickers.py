@@ -46,8 +46,7 @@ class Dice(random.Random):
 def backends(*weights: int) -> tuple[Backend, ...]:
     """Backends "1", "2"... of these weights."""
     return tuple(
-        Backend(Server(str(number), "127.0.0.1", 8000 + number, weight))
-        for number, weight in enumerate(weights, 1)
+        Backend(Server(str(number), "127.0.0.1", 8000 + number, weight)) for number, weight in enumerate(weights, 1)
     )
 
 
