@@ -52,7 +52,7 @@ from balancer.http1 import (
 )
 from balancer.proxy_protocol import Address
 from balancer.pump import RESET, End, Flow, relay_body
-from balancer.reactor import DONTWAIT, NEVER, READ, Reactor, send_now
+from balancer.reactor import DONTWAIT, NEVER, READ, Reactor, Sink, send_now
 from balancer.stream import Stream, TlsTruncated
 from balancer.tunnel import Tunnel
 from balancer.upstream import NONE_AVAILABLE, Attempt, Refusal, Upstream
@@ -460,11 +460,9 @@ class HttpSession:
         request, front = self._request, self._front
         assert request is not None
         now = self._reactor.now
-        if not request.idempotent and upstream.reused and upstream.is_stale():
-            # Once octets of it have left it may not be sent again, so look before.
-            front.upstreams.renew(self, upstream)
-            return
         self._upstream = upstream
+        # Once octets of it have left it may not be sent again, so look before.
+        sink = upstream.sock if request.idempotent or not upstream.reused else upstream
         if front.sticky is not None:
             self._extra = b"" if upstream.backend is self.wanted else front.sticky.set_cookie(upstream.backend)
         self._connected_after = now - self._began
@@ -474,15 +472,15 @@ class HttpSession:
             self.deadline = now + front.timeouts.server
             undisturbed = self._reading and not self._buffer and self.trail is None and self._source is self._address
             self._plain = undisturbed and request.plain and not self._extra
-            self._reactor.outbox.append((upstream.sock, data, self))
+            self._reactor.outbox.append((sink, data, self, False))
             return
         self._plain = False
         self.deadline = now + (front.timeouts.server if self._waits_for_continue else front.timeouts.client)
         self._resume_reading()
-        self.on_sent(upstream.sock, send_now(upstream.sock, data))
+        self.on_sent(sink, send_now(sink, data))
 
-    def on_sent(self, sock: Stream, rest: bytes | None) -> None:
-        """The reactor has sent what a plain half of an exchange is, or a whole request; `rest` is what it could not."""
+    def on_sent(self, sink: Sink, rest: bytes | None) -> None:
+        """A request, or a plain exchange's answer, was sent but for `rest`; None: nothing was, or will be."""
         if self._state is PASSING:
             if rest is None:
                 self._client_lost()
@@ -490,11 +488,13 @@ class HttpSession:
                 self._pass_on_slowly(rest)
             else:
                 self._passed_on()
-        elif rest != b"" and self._upstream is not None and self._upstream.sock is sock:
-            if rest is None:
-                self._no_answer()
-            else:
+        elif rest != b"" and self._upstream is not None and sink in (self._upstream, self._upstream.sock):
+            if rest:
                 self._pump_up(rest)
+            elif self._upstream.reused:
+                self._renew(self._upstream)
+            else:
+                self._no_answer()
 
     def ends(self) -> tuple[Address, Address]:
         return self._source, own_end(self._sock)
@@ -655,7 +655,7 @@ class HttpSession:
         self._answer = answer
         self._status = answer.status
         head = answer.plain if self._persistent else answer.closing
-        self._reactor.outbox.append((self._sock, head + body, self))
+        self._reactor.outbox.append((self._sock, head + body, self, True))
 
     def _passed_on(self) -> None:
         """A plain exchange has ended: count it, log it, and be as before it. What `_complete` does, in less time."""
@@ -850,11 +850,15 @@ class HttpSession:
         upstream = self._upstream
         assert upstream is not None
         if upstream.reused and self._may_repeat:
-            # It may have been closed before the request was there: the same backend has another chance.
-            self._seek_again()
-            self._front.upstreams.renew(self, upstream)
+            # It may have been closed before the request was there.
+            self._renew(upstream)
         else:
             self._repeat_or_fail((502, "SH", f"backend {self._backend_id} closed the connection without an answer"))
+
+    def _renew(self, upstream: Upstream) -> None:
+        """A kept connection was closed: its backend has another chance."""
+        self._seek_again()
+        self._front.upstreams.renew(self, upstream)
 
     @property
     def _may_repeat(self) -> bool:

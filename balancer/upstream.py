@@ -20,12 +20,13 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from balancer.backend import Backend, TlsFailure, connect_failure
+from balancer.backend import READY, Backend, TlsFailure, connect_failure
 from balancer.config import Limits, Timeouts
 from balancer.explain import Trail
 from balancer.handshake import Handshake, Handshaker
@@ -42,6 +43,8 @@ MOST_IDLE = 1024  # idle connections kept for one backend
 RETRY_PAUSE = 0.25  # seconds
 
 _LOOK = PEEK | DONTWAIT
+_STATE: int | None = getattr(socket, "TCP_INFO", None) if sys.platform == "linux" else None  # begins with the state
+_ESTABLISHED = b"\1"
 
 # Failures of ours, which no other backend would be spared.
 _NO_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE))
@@ -90,6 +93,12 @@ class Upstream:
         self.reused = False
         self.deadline = NEVER
 
+    def _is_closed(self) -> bool:
+        """Has the backend closed it? To ask for its state costs half of an exception that says there is no data."""
+        if _STATE is None or not isinstance(self.sock, socket.socket):
+            return self.is_stale()
+        return self.sock.getsockopt(socket.IPPROTO_TCP, _STATE, 1) != _ESTABLISHED
+
     def is_stale(self) -> bool:
         """Has the backend closed it, or said something that nobody asked for?"""
         try:
@@ -99,6 +108,12 @@ class Upstream:
         except OSError:
             return True
         return True
+
+    def send(self, data: bytes, flags: int) -> int:
+        """Send, after a look whether the backend has closed the connection; ConnectionResetError where it has."""
+        if self._is_closed():
+            raise ConnectionResetError
+        return self.sock.send(data, flags)
 
     def on_idle(self, mask: int) -> None:
         """Nothing is due on an idle connection: whatever happens there ends it (RFC 9112 section 9.5)."""
@@ -318,7 +333,8 @@ class Upstreams:
         idle = backend.idle
         # One that was begun with a PROXY header is for one client only.
         fits = upstream.epoch == backend.epoch and not backend.send_proxy and len(idle) < MOST_IDLE
-        if fits and backend.eligible:
+        # What `eligible` says, without the cost of calling that.
+        if fits and backend.healthy and backend.admin is READY and not backend.leaving:
             upstream.reused = True
             upstream.deadline = reactor.now + KEEP_IDLE
             reactor.handlers[upstream.fd] = upstream.on_idle

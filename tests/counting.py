@@ -49,7 +49,10 @@ Rates = dict[str, float]
 
 # The work ---------------------------------------------------------------------------------------------------------
 
-ANSWER = b"HTTP/1.1 200 OK\r\nServer: origin\r\nContent-Type: text/plain\r\nContent-Length: 6\r\n\r\nhello\n"
+ANSWER = (
+    b"HTTP/1.1 200 OK\r\nServer: origin\r\nDate: Sat, 21 Nov 2026 05:00:00 GMT\r\nContent-Type: text/plain\r\n"
+    b"Content-Length: 6\r\n\r\nhello\n"
+)
 FIELDS = "Host: shop.example\r\nUser-Agent: counting\r\nAccept: */*\r\n"
 MANY_FIELDS = "".join(f"X-Field-{number}: {'v' * number}\r\n" for number in range(8, 25))
 BODY = "x" * 10_000
@@ -66,11 +69,16 @@ class Work:
     """Does each exchange have a connection of its own?"""
 
 
-GET = Work("get", lambda word: f"GET /{word} HTTP/1.1\r\n{FIELDS}\r\n")
+def page(word: str) -> str:
+    """The same for all that is counted: a client asks again for what it had before."""
+    return "page" if word.isdigit() else word
+
+
+GET = Work("get", lambda word: f"GET /{page(word)} HTTP/1.1\r\n{FIELDS}\r\n")
 VARIED = Work(
     "varied", lambda word: f"GET /{word} HTTP/1.1\r\n{FIELDS}{MANY_FIELDS}Cookie: a=b; session={word}\r\n\r\n"
 )
-POST = Work("post", lambda word: f"POST /{word} HTTP/1.1\r\n{FIELDS}Content-Length: {len(BODY)}\r\n\r\n{BODY}")
+POST = Work("post", lambda word: f"POST /{page(word)} HTTP/1.1\r\n{FIELDS}Content-Length: {len(BODY)}\r\n\r\n{BODY}")
 NEW = Work("new", lambda word: f"GET /{word} HTTP/1.1\r\n{FIELDS}Connection: close\r\n\r\n", closes=True)
 TCP = Work("tcp", lambda word: f"/{word}\r\n", mode="tcp")
 WORKS = (GET, VARIED, POST, NEW, TCP)
@@ -124,7 +132,7 @@ def backends(work: Work) -> Iterator[list[tuple[str, int]]]:
 
 
 def words(count: int) -> list[str]:
-    """Others than the words that warm up, lest an answer be ready-made."""
+    """Others than the words that warm up, lest what is asked for be known."""
     return [f"{number:04}" for number in range(count)]
 
 
