@@ -365,6 +365,7 @@ class HttpSession:
         request, length = found
         rest = self._buffer[length:]  # which is empty for nearly all, and costs nothing then
         self._seen = 0
+        self._known_octets = -1
         self._request = request
         self._persistent = request.persistent and not self._front.draining
         front = self._front
@@ -380,7 +381,7 @@ class HttpSession:
             return
         if front.keyed:
             self._find_key(request)
-        elif self._persistent and not front.guarded and request.length >= 0 and length <= REMEMBERED:
+        if self._persistent and not front.guarded and request.length >= 0 and length <= REMEMBERED:
             self._known, self._known_request = request.received, request
             self._known_octets = len(request.received) + request.length
         self._ask(request)
@@ -471,7 +472,7 @@ class HttpSession:
         if self._up_body is None:
             self.deadline = now + front.timeouts.server
             undisturbed = self._reading and not self._buffer and self.trail is None and self._source is self._address
-            self._plain = undisturbed and request.plain and not self._extra
+            self._plain = undisturbed and request.plain
             self._reactor.outbox.append((sink, data, self, False))
             return
         self._plain = False
@@ -655,6 +656,9 @@ class HttpSession:
         self._answer = answer
         self._status = answer.status
         head = answer.plain if self._persistent else answer.closing
+        if self._extra:
+            head = b"%b%b\r\n" % (head[:-2], self._extra)
+            self._extra = b""
         self._reactor.outbox.append((self._sock, head + body, self, True))
 
     def _passed_on(self) -> None:
