@@ -60,6 +60,7 @@ from balancer.upstream import NONE_AVAILABLE, Attempt, Refusal, Upstream
 RECEIVE: Final = 65536  # octets asked for at once
 TURNS: Final = 65536  # octets of one body that the reactor moves itself
 REST_AFTER: Final = 1.0  # seconds of silence after which a pump gives its thread back
+LARGE: Final = 16384  # octets that are worth not being copied
 PIPELINED: Final = 65536  # octets of further requests that are taken in while one is being answered
 LINGER: Final = 2.0  # seconds that a client is given to read the last answer and close
 LONGEST_LOGGED: Final = 1024  # octets of a request line that could not be parsed
@@ -634,14 +635,13 @@ class HttpSession:
             self._answer_buffer = buffer
             return
         answer, length = found
-        rest = buffer[length:]
-        if self._plain and len(rest) == answer.length and answer.plain:
-            self._pass_on(upstream, answer, rest)
+        if self._plain and len(buffer) - length == answer.length and answer.plain:
+            self._pass_on(upstream, answer, buffer[length:])
             return
         now = self._reactor.now
         self._answered_after = after = now - self._began
         upstream.backend.answered_in(after - self._connected_after, now)
-        self._begin_answer(answer, request, rest)
+        self._begin_answer(answer, request, buffer, length)
 
     def _pass_on(self, upstream: Upstream, answer: Answer, body: bytes) -> None:
         """The answer of a plain exchange, all of which is here."""
@@ -650,7 +650,7 @@ class HttpSession:
         upstream.backend.answered_in(after - self._connected_after, now)
         if after >= self._front.slow:
             assert self._request is not None
-            self._begin_answer(answer, self._request, body)
+            self._begin_answer(answer, self._request, body, 0)
             return
         self._state = PASSING
         self._answer = answer
@@ -721,8 +721,8 @@ class HttpSession:
         self._down_encode = as_is
         self._pump_down(rest, b"")
 
-    def _begin_answer(self, answer: Answer, request: Request, rest: bytes) -> None:
-        """The general case: work out both framings, send the head, and begin with the body."""
+    def _begin_answer(self, answer: Answer, request: Request, buffer: bytes, start: int) -> None:
+        """The general case: work out both framings, send the head, and begin with the body, from `start` on in there."""
         bodiless = request.method == b"HEAD" or answer.status in (204, 304)
         length = 0 if bodiless else answer.length
         framing: int | None = length
@@ -739,8 +739,16 @@ class HttpSession:
         if self._up_body is not None or self._up_pump is not None or self._up_failed or self._close_framed:
             self._persistent = False
         body = body_of(length)
+        framed: bytes | memoryview
         try:
-            content = body.feed(rest)
+            if isinstance(body, LengthBody) and LARGE <= len(buffer) - start < length:
+                framed = memoryview(buffer)[start:]
+                self._octets_out = len(framed)
+                body.skipped(len(framed))
+            else:
+                content = body.feed(buffer[start:])
+                self._octets_out = len(content)
+                framed = encode(content)
         except FramingError as error:
             self._fail(502, "PH", f"in the answer of backend {self._backend_id}: {error}")
             return
@@ -754,9 +762,8 @@ class HttpSession:
         self._down_body = body
         self._down_turns = TURNS
         self._down_encode = encode
-        self._octets_out = len(content)
         head = answer_head(answer, framing, request.minor, self._persistent, time.time(), self._request_id, self._extra)
-        self._send_down(head + encode(content))
+        self._send_down(b"".join((head, framed)))
 
     def _download(self, data: bytes) -> None:
         """A turn of the answer's body on the reactor. No data means that the backend has closed."""

@@ -539,7 +539,7 @@ def test_a_lease_whose_connection_was_renewed_in_vain_is_given_back_once(tmp_pat
             client.sendall(GET)
             assert read_response(file).status == 200
             eventually(lambda: balancer.upstreams.idle == 1, "the connection is kept")
-            monkeypatch.setattr(Upstream, "is_stale", lambda upstream: True)  # closed just before it is looked at
+            monkeypatch.setattr(Upstream, "_is_closed", lambda upstream: True)  # closed just before it is looked at
             balancer.pool.backends[0].endpoints = ()  # and no other can be opened
             client.sendall(POST)
             assert read_response(file).status == 503

@@ -28,6 +28,7 @@ from balancer.http1 import (
     BadAnswer,
     HeadLimits,
     HttpError,
+    Known,
     Request,
     RequestReader,
     answer_head,
@@ -268,6 +269,61 @@ def test_whatever_comes_is_refused_or_is_one_message_to_every_reader(seed: int) 
     assert 1500 < accepted < 6000
     accepted = sum(check_answer(chance, answers) for _ in range(2500))
     assert 500 < accepted < 2000
+
+
+HEADS = [octets.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" for octets in GOOD_REQUESTS]
+
+
+def run_of_heads(chance: random.Random) -> Iterator[bytes]:
+    """A good head with a line or two more, whose values change from one to the next, and now and then the lines."""
+    lines = chance.choice(HEADS).split(b"\r\n")[:-2]
+    for name in chance.choice(([b"X-A"], [b"X-A", b"X-B"], [b"X-A", b"x-a"], [b"X-A", b"X-Forwarded-For"])):
+        lines.insert(chance.randint(1, len(lines)), name + b": 1")
+    varied = chance.choices(range(1, len(lines)), k=chance.choice((1, 1, 2)))
+    for _ in range(chance.randint(3, 12)):
+        for number in varied:
+            name, _, value = lines[number].partition(b":")
+            what = chance.random()
+            if what < 0.6:
+                lines[number] = name + b": %d" % chance.randrange(10 ** chance.randint(1, 9))
+            elif what < 0.8:
+                lines[number] = name + b":" + chance.choice(PARTICLES)
+            elif what < 0.9:
+                at = chance.randrange(len(lines[number]) + 1)
+                lines[number] = lines[number][:at] + chance.choice(PARTICLES) + lines[number][at:]
+            else:
+                lines[number] = name + b":" + value[: chance.randrange(3)]
+        yield b"\r\n".join([*lines, b"", b""])
+
+
+def heard_by(by: RequestReader, octets: bytes) -> list[object]:
+    try:
+        found = by.read(octets)
+    except HttpError as refusal:
+        return [refusal.status, refusal.reason]
+    return [found[1], *told(found[0])] if found else []
+
+
+def test_heads_that_differ_in_a_line_or_two_are_to_an_experienced_reader_what_they_are_to_a_new_one() -> None:
+    """8,000 or so, to two readers that share what they know, as the connections of two clients do."""
+    chance = random.Random(0)
+    known = Known()
+    experienced = [
+        RequestReader(client, b"http", AUTHORITY.encode(), LIMITS, known, trusts=trusts)
+        for client, trusts in ((b"192.0.2.1", False), (b"192.0.2.2", True))
+    ]
+    accepted = refused = 0
+    for _ in range(1200):
+        number = chance.randrange(2)
+        for octets in run_of_heads(chance):
+            client, trusts = (b"192.0.2.1", b"192.0.2.2")[number], bool(number)
+            new = RequestReader(client, b"http", AUTHORITY.encode(), LIMITS, trusts=trusts)
+            heard = heard_by(new, octets)
+            assert heard_by(experienced[number], octets) == heard, octets
+            accepted += len(heard) > 2
+            refused += len(heard) == 2
+    assert accepted > 4000
+    assert refused > 500
 
 
 # Through a balancer ---------------------------------------------------------------------------------------------------

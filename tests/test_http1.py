@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 
@@ -17,6 +18,7 @@ from balancer.http1 import (
     BadAnswer,
     HeadLimits,
     HttpError,
+    Known,
     Request,
     RequestReader,
     answer_head,
@@ -469,6 +471,147 @@ def test_an_empty_line_is_skipped_before_each_request() -> None:
         assert request.head == SENT
 
 
+# A head much like the last one ---------------------------------------------------------------------------------------
+
+
+def understood(by: RequestReader, octets: bytes) -> list[object]:
+    """All that a reader says of a whole head: what it means, or why it is refused."""
+    try:
+        found = by.read(octets)
+    except HttpError as refusal:
+        return [refusal.status, refusal.reason]
+    assert found is not None
+    return [found[1], *(getattr(found[0], name) for name in Request.__slots__)]
+
+
+def held_by(by: RequestReader) -> int:
+    """Octets of heads that a reader holds on to."""
+    held = [getattr(by, name) for name in RequestReader.__slots__]
+    return sum(len(one) for one in held if isinstance(one, bytes))
+
+
+VALUES = [
+    *(b" 1", b"", b" ", b"\t 2 \t", b" a: b", b":", b" \x80\xe9\xff", b" 1" * 20, b" x-id", b" close", b" x-forwarded-for"),
+    *(b" 5", b" 0", b" chunked", b" 10.0.0.1", b" b.test", b" b.test:81", b" b test", b" 100-continue"),
+    *(b" a\x00", b"\x01", b" \x7f", b" a\rb", b" a\nb", b" a\r\n b", b" a\r\nB: 2", b"\r", b" a\r\nX-Id: 2"),
+    *(b" " + b"a" * REMEMBERED, b" " + b"a" * 66_000),
+]  # fmt: skip
+VARYING = {
+    "a plain field": b"GET / HTTP/1.1\r\nHost: a.test\r\nA: 1\r\nX-Id:%b\r\nB: 2\r\n\r\n",
+    "the first": b"GET / HTTP/1.1\r\nX-Id:%b\r\nHost: a.test\r\n\r\n",
+    "the last": b"GET / HTTP/1.1\r\nHost: a.test\r\nX-Id:%b\r\n\r\n",
+    "the same twice": b"GET / HTTP/1.1\r\nHost: a.test\r\nX-Id:%b\r\nA: 1\r\nX-Id:%b\r\n\r\n",
+    "two": b"GET / HTTP/1.1\r\nHost: a.test\r\nX-Id:%b\r\nA: 1\r\nX-No:%b\r\n\r\n",
+    "S 7.6.1 one that Connection names": b"GET / HTTP/1.1\r\nHost: a.test\r\nConnection: x-id\r\nX-Id:%b\r\n\r\n",
+    "M 3.2 Host": b"GET / HTTP/1.1\r\nHost:%b\r\nA: 1\r\n\r\n",
+    "M 6.2 Content-Length": b"GET / HTTP/1.1\r\nHost: a.test\r\nContent-Length:%b\r\n\r\n",
+    "M 6.1 Transfer-Encoding": b"GET / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding:%b\r\n\r\n",
+    "M 9.6 Connection": b"GET / HTTP/1.1\r\nHost: a.test\r\nX-Id: 1\r\nConnection:%b\r\n\r\n",
+    "S 7.6.2 Max-Forwards": b"OPTIONS / HTTP/1.1\r\nHost: a.test\r\nMax-Forwards:%b\r\n\r\n",
+    "X-Forwarded-For": b"GET / HTTP/1.1\r\nHost: a.test\r\nX-Forwarded-For:%b\r\n\r\n",
+    "one that looks like ours": b"GET / HTTP/1.1\r\nHost: a.test\r\nContent_Length:%b\r\n\r\n",
+    "S 5.1 a name": b"GET / HTTP/1.1\r\nHost: a.test\r\nX-I%b: 1\r\n\r\n",
+    "S 5.1 a colon": b"GET / HTTP/1.1\r\nHost: a.test\r\nX-Id%b 1\r\n\r\n",
+    "HTTP/1.0": b"GET / HTTP/1.0\r\nX-Id:%b\r\nConnection: keep-alive\r\n\r\n",
+}
+OTHER = get("X-Id: 7", "Content-Length: 9", line="POST /other HTTP/1.1", host="Host: other.test")
+
+
+@pytest.mark.parametrize("trusts", [False, True], ids=["", "trusts"])
+@pytest.mark.parametrize("between", [b"", OTHER], ids=["", "another between"])
+@pytest.mark.parametrize("template", VARYING.values(), ids=VARYING)
+def test_a_head_that_differs_from_the_last_in_a_line_means_what_it_means_alone(
+    template: bytes, between: bytes, trusts: bool
+) -> None:
+    """Nothing that a reader knows of lines or of what stands around one may change what the next head is."""
+    new = partial(RequestReader, b"192.0.2.1", b"http", b"lb.test:80", HeadLimits(), trusts=trusts)
+    by = new()
+    for value in [b" 3", b" 4", *VALUES, *reversed(VALUES)]:
+        octets = template.replace(b"%b", value)
+        assert understood(by, octets) == understood(new(), octets)
+        if between:
+            assert understood(by, between) == understood(new(), between)
+        assert held_by(by) < 8 * REMEMBERED
+
+
+def test_what_stands_around_a_value_may_not_overlap() -> None:
+    """The line's name and what comes behind it are both there, and share octets: one line less, not an empty one."""
+    by = reader()
+    fewer, more = ("A:",), ("A: 1", "A:")
+    for fields in (fewer, more, ("A: 2", "A:"), fewer, more):
+        assert understood(by, get(*fields)) == understood(reader(), get(*fields))
+
+
+def test_values_that_take_turns_are_not_mixed_up() -> None:
+    """One line varies, then another, then both, then one that was seen before comes again."""
+    by = reader()
+    for a, b in [(1, 1), (2, 1), (3, 1), (3, 2), (3, 3), (4, 4), (4, 5), (1, 1), (1, 5), (6, 5), (1, 6)]:
+        octets = get(f"A: {a}", "Accept: x", f"B: {b}")
+        request, _ = read_request([octets], by)
+        assert request.head == sent("GET / HTTP/1.1", "Host: a.test", f"A: {a}", "Accept: x", f"B: {b}")
+
+
+def test_a_reader_that_knows_its_lines_still_counts_them() -> None:
+    """S 5.4"""
+    by = reader(LIMITS)
+    for _ in range(3):
+        read_request([get("A: 1", "B: 1", "C: 1")], by)
+        for fields in (["A: 1"] * 4, ["A: 1", "B: 1", "C: 1", "D: 1"], ["A: 1", "B: 1", "C: 1", "X-Forwarded-For: 1"]):
+            with pytest.raises(HttpError) as refusal:
+                by.read(get(*fields))
+            assert refusal.value.status == 431
+
+
+def test_however_many_lines_come_a_bounded_number_is_known() -> None:
+    """And none that is long; what comes after them is understood as ever."""
+    known = Known()
+    new = partial(RequestReader, b"192.0.2.1", b"http", b"lb.test:80", HeadLimits())
+    by = new(known)
+    long = "a" * Known.LONGEST
+    for number in range(2 * Known.LINES):
+        octets = get(f"A: {number}", f"B: {number}", f"X-Forwarded-For: {number}", f"C: {long}{number}")
+        if number % 64 == 0:
+            octets = get(f"X-Forwarded-For: {long}{number}", *[f"Forwarded: {'b' * 200}{digit}" for digit in range(2)])
+            assert understood(by, octets) == understood(new(), octets)
+        by.read(octets)
+        assert len(known.plain) + len(known.telling) <= Known.LINES
+        assert len(known.meanings) <= Known.MEANINGS
+    assert max(map(len, [*known.plain, *known.telling])) <= Known.LONGEST
+    assert max(sum(map(len, lines)) for lines in known.meanings) <= Known.LONGEST
+    assert held_by(by) < 8 * REMEMBERED
+    assert understood(by, get("A: 1", "X-Forwarded-For: 1")) == understood(new(), get("A: 1", "X-Forwarded-For: 1"))
+
+
+def test_what_is_known_of_a_line_says_nothing_of_who_reads_it() -> None:
+    """Readers for other clients share it: one is trusted, one writes Forwarded, one speaks TLS."""
+    known = Known()
+    kinds = [
+        partial(RequestReader, b"192.0.2.1", b"http", b"lb.test:80", HeadLimits()),
+        partial(RequestReader, b"192.0.2.2", b"http", b"lb.test:80", HeadLimits(), trusts=True),
+        partial(RequestReader, b"192.0.2.3", b"https", b"lb.test:443", HeadLimits(), forwarded=True),
+    ]
+    readers = [kind(known) for kind in kinds]
+    fields = ["X-Forwarded-For: 10.0.0.1", "X-Forwarded-Proto: https", "Forwarded: for=b", "A: 1", "Max-Forwards: 2"]
+    for octets in [get(*fields), get(*fields, line="GET / HTTP/1.0"), get(*fields[:2]), get(*fields)]:
+        for by, kind in zip(readers, kinds, strict=True):
+            assert understood(by, octets) == understood(kind(), octets)
+
+
+def test_two_connections_that_share_a_reader_are_told_of_their_own_requests() -> None:
+    """The heads of either come in pieces, between those of the other; `seen` is each connection's own."""
+    heads = [get("A: 1"), get("A: 2"), get("A: 1", "Content-Length: 3"), get("A: 1", line="POST /a HTTP/1.1")]
+    for first, second in itertools.permutations(heads, 2):
+        alone = [understood(reader(), octets) for octets in (first, second)]
+        by = reader()
+        for cut in range(1, min(len(first), len(second))):
+            assert by.read(first[:cut]) is None
+            assert by.read(second[:cut]) is None
+            found, length = by.read(second + first, cut) or pytest.fail("there is a whole head")
+            assert [length, *(getattr(found, name) for name in Request.__slots__)] == alone[1]
+            found, length = by.read(first + second, cut) or pytest.fail("there is a whole head")
+            assert [length, *(getattr(found, name) for name in Request.__slots__)] == alone[0]
+
+
 # Answers -------------------------------------------------------------------------------------------------------------
 
 # id, the answer's lines, the lines for the client, length, reusable
@@ -594,6 +737,31 @@ def test_an_answer_that_comes_again_is_not_parsed_again() -> None:
         again, rest = read_answer([octets + b"ok"], by)
         assert again is first
         assert rest == b"ok"
+
+
+@pytest.mark.parametrize(
+    ("fields", "whole"),
+    [
+        ([DATE, b"Content-Length: 2\r\n"], 2),
+        ([DATE, b"Content-Length: 0\r\n"], 0),
+        ([DATE, b"Content-Length: 2\r\nConnection: close\r\n"], 2),
+        ([b"Content-Length: 2\r\n"], -1),
+        ([DATE, b"Transfer-Encoding: chunked\r\n"], -1),
+        ([DATE], -1),
+    ],
+)
+def test_which_answers_can_be_passed_on_by_their_length_alone(fields: list[bytes], whole: int) -> None:
+    """What is told of one head holds until the next: after one of another kind, too."""
+    octets = b"HTTP/1.1 200 OK\r\n" + b"".join(fields) + b"\r\n"
+    by = AnswerReader(HeadLimits())
+    for before in (b"", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n" + DATE + b"\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"):
+        if before:
+            by.read(before)
+        by.read(octets)
+        assert by.whole == (len(octets) + whole if whole >= 0 else -1)
+    for status in (b"204 No", b"304 No", b"103 Early Hints"):  # of which the last is no final one
+        by.read(octets.replace(b"200 OK", status))
+        assert by.whole == -1
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,66 @@ def test_a_retry_among_fewer_leaves_the_order_intact():
     assert picks(picker, candidates, 4) == ["3", "1", "2", "3"]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_whoever_came_or_went_meanwhile_the_earliest_turn_is_next(seed):
+    """Weights that are equal, that differ and become equal again; one that fills up at each pick and comes back.
+
+    However the order is kept, nobody who is picked may have had a later turn than another.
+    """
+    chance = random.Random(seed)
+    everyone = backends(*[1] * 5)
+    picker = RoundRobin()
+    for _ in range(400):
+        for backend in everyone:
+            backend.weight = chance.choice((1, 2, 3)) if chance.random() < 0.1 else 1
+        candidates = tuple(sorted(chance.sample(everyone, chance.randint(1, 5)), key=everyone.index))
+        for _ in range(chance.choice((1, 1, 2, 7, 20))):
+            chosen = picker.pick(candidates, "")
+            had = chosen.turn - RoundRobin.STRIDE // chosen.weight
+            assert all(had <= backend.turn for backend in candidates)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_equal_weights_are_served_strictly_in_turn_after_whatever_history(seed):
+    """Each has one turn in six, always in the same order; how the order is kept shows nowhere."""
+    chance = random.Random(seed)
+    everyone = backends(*[1] * 6)
+    picker = RoundRobin()
+    for number in range(300):
+        everyone[0].weight = 3 if number % 5 == 0 else 1
+        picks(picker, chance.sample(everyone, chance.randint(1, 6)), chance.randint(1, 9))
+        everyone[0].weight = 1
+        candidates = list(everyone)
+        picks(picker, candidates, 2 * len(everyone))  # until whoever was behind has caught up
+        order = picks(picker, candidates, 6)
+        assert sorted(order) == list("123456")
+        assert picks(picker, candidates, 18) == 3 * order
+        assert picks(picker, list(everyone), 6) == sorted(order, key=order.index)
+
+
+def test_one_that_is_full_at_each_pick_has_its_turn_when_it_is_back():
+    """With one connection each, the set changes with every lease and release."""
+    everyone = backends(1, 1, 1)
+    picker = RoundRobin()
+    sequence = picks(picker, everyone, 1)
+    for _ in range(8):
+        free = [backend for backend in everyone if backend.id != sequence[-1]]
+        sequence += picks(picker, free, 1)
+    assert sequence == list("123123123")
+
+
+def test_weights_that_are_changed_and_changed_back_leave_it_strict():
+    candidates = backends(1, 1, 1)
+    picker = RoundRobin()
+    assert picks(picker, candidates, 4) == list("1231")
+    candidates[0].weight = 4
+    assert 37 <= picks(picker, list(candidates), 60).count("1") <= 41
+    candidates[0].weight = 1
+    sequence = picks(picker, list(candidates), 30)
+    assert Counter(sequence) == {"1": 10, "2": 10, "3": 10}
+    assert sequence == 10 * sequence[:3]
+
+
 # Least connections, random, power of two --------------------------------------------------------------------------
 
 

@@ -9,10 +9,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import pytest
 
-from balancer.reactor import NEVER, READ, WRITE, Reactor
+from balancer.reactor import DONTWAIT, NEVER, READ, WRITE, Reactor
 from conftest import PATIENCE, eventually
 
 
@@ -297,6 +298,179 @@ def test_who_is_ended_by_another_ones_deadline_is_not_told_of_its_own(loop, cloc
     eventually(lambda: first.expiries or second.expiries, "one that is told")
     loop.do(lambda: None)
     assert len(first.expiries + second.expiries) == 1
+
+
+# What is sent -----------------------------------------------------------------------------------------------------
+
+
+class Sink:
+    """Takes so many octets at once, or raises. Both it and its sender note in `events` what happens."""
+
+    def __init__(self, events: list[object], takes: int | OSError = 1000) -> None:
+        self.events = events
+        self.takes = takes
+
+    def send(self, data: bytes, flags: int) -> int:
+        assert flags == DONTWAIT
+        self.events.append(data)
+        if isinstance(self.takes, OSError):
+            raise self.takes
+        return min(len(data), self.takes)
+
+
+class Sender(Owner):
+    """Is told what was not sent, and then does what it was made for."""
+
+    def __init__(self, events: list[object], then: Callable[[], object] = lambda: None) -> None:
+        super().__init__()
+        self.events = events
+        self.then = then
+
+    def on_sent(self, sink: Any, rest: bytes | None) -> None:
+        self.events.append((sink, rest))
+        self.called.set()
+        self.then()
+
+
+@pytest.fixture
+def both_ready(loop: Loop) -> Iterator[tuple[int, int]]:
+    """Two descriptors that will be ready in the same batch, once they are watched."""
+    with ExitStack() as stack:
+        pairs = [socket.socketpair() for _ in range(2)]
+        for ours, theirs in pairs:
+            stack.enter_context(ours)
+            stack.enter_context(theirs)
+            theirs.send(b"x")
+        yield pairs[0][0].fileno(), pairs[1][0].fileno()
+
+
+def test_the_outbox_is_sent_in_its_order_after_all_handlers_of_the_batch(loop, both_ready):
+    events: list[object] = []
+    sink, sender = Sink(events), Sender(events)
+
+    def handle(fd: int, mask: int) -> None:
+        loop.reactor.remove(fd)
+        events.append("handler")
+        loop.reactor.outbox += [(sink, b"%d of %d" % (part, len(events)), sender, True) for part in (1, 2)]
+
+    loop.do(lambda: [loop.reactor.add(fd, READ, partial(handle, fd)) for fd in both_ready])
+    eventually(lambda: len(events) == 10, "everything")
+    assert events[:6] == ["handler", "handler", b"1 of 1", b"2 of 1", b"1 of 2", b"2 of 2"]
+    assert events[6:] == [(sink, b"")] * 4
+
+
+@pytest.mark.parametrize(
+    ("takes", "rest"),
+    [(5, b""), (3, b"lo"), (0, b"hello"), (BlockingIOError(), b"hello"), (BrokenPipeError(), None)],
+    ids=["all", "some", "nothing", "it would block", "lost"],
+)
+@pytest.mark.parametrize("asks", [True, False], ids=["asks", "does not ask"])
+def test_who_sends_is_told_what_is_left_and_that_nothing_is_only_if_it_asks(loop, takes, rest, asks):
+    """And what becomes of one concerns nobody else."""
+    events: list[object] = []
+    sink, other, sender = Sink(events, takes), Sink(events), Sender(events)
+    loop.do(lambda: loop.reactor.outbox.extend([(sink, b"hello", sender, asks), (other, b"there", sender, True)]))
+    told = [(sink, rest)] if asks or rest != b"" else []
+    loop.do(lambda: None)
+    assert events == [b"hello", b"there", *told, (other, b"")]
+
+
+def test_a_real_socket_takes_what_it_has_room_for(loop, pair):
+    ours, theirs = pair
+    sender = Sender([])
+    data = bytes(10_000_000)
+    loop.do(lambda: loop.reactor.outbox.append((ours, data, sender, False)))
+    assert sender.called.wait(PATIENCE)
+    ((sink, rest),) = sender.events
+    assert sink is ours
+    assert 0 < len(rest) < len(data)
+    theirs.close()
+    loop.do(lambda: loop.reactor.outbox.append((ours, data, sender, False)))
+    eventually(lambda: len(sender.events) == 2, "the second")
+    assert sender.events[1] == (ours, None)
+
+
+def test_a_sender_that_raises_ends_its_owner_and_nobody_else(loop):
+    events: list[object] = []
+    sink = Sink(events)
+    bad = Sender(events, then=partial(Owner("in the sender").on_ready, READ))
+    good = Sender(events)
+    loop.do(lambda: loop.reactor.outbox.extend([(sink, b"1", bad, True), (sink, b"2", good, True)]))
+    assert good.called.wait(PATIENCE)
+    assert bad.crashes == ["in the sender"]
+    assert good.crashes == []
+    assert loop.errors == [("reactor: Sender.on_sent", "in the sender")]
+
+
+def test_what_comes_of_sending_is_sent_before_the_next_batch(loop, pair):
+    """A session that has passed an answer on may send the next request of somebody who waited for that."""
+    ours, theirs = pair
+    theirs.send(b"x")
+    events: list[object] = []
+    sink = Sink(events)
+    last = Sender(events)
+    second = Sender(events, then=lambda: loop.reactor.outbox.append((sink, b"3", last, False)))
+    first = Sender(events, then=lambda: loop.reactor.outbox.append((sink, b"2", second, True)))
+
+    def handle(mask: int) -> None:
+        if events:
+            events.append("next batch")
+            loop.reactor.remove(ours.fileno())
+        else:
+            loop.reactor.outbox.append((sink, b"1", first, True))
+
+    loop.do(lambda: loop.reactor.add(ours.fileno(), READ, handle))
+    eventually(lambda: "next batch" in events, "the next batch")
+    assert events == [b"1", (sink, b""), b"2", (sink, b""), b"3", "next batch"]
+
+
+@pytest.mark.parametrize("by", ["call_soon", "defer", "expired"])
+def test_whatever_fills_the_outbox_has_it_sent(loop, clock, by):
+    """Nothing else happens that the loop could wake up for."""
+    events: list[object] = []
+    sender = Sender(events)
+
+    class Late(Owner):
+        def expired(self, now: float) -> None:
+            loop.reactor.timed.discard(self)
+            fill()
+
+    def fill() -> None:
+        loop.reactor.outbox.append((Sink(events), b"hello", sender, True))
+
+    if by == "call_soon":
+        loop.reactor.call_soon(fill)
+    elif by == "defer":
+        loop.reactor.call_soon(loop.reactor.defer, fill)
+    else:
+        late = Late()
+        late.deadline = clock.now + 1
+        loop.do(lambda: loop.reactor.timed.add(late))
+        clock.now += 2
+    assert sender.called.wait(PATIENCE)
+    assert events[0] == b"hello"
+
+
+def test_each_call_has_sent_what_it_had_to_send_when_the_next_one_is_made(loop):
+    events: list[object] = []
+    sink, sender = Sink(events), Sender(events)
+
+    def fill(data: bytes) -> None:
+        loop.reactor.outbox.append((sink, data, sender, True))
+
+    loop.do(lambda: [loop.reactor.defer(fill, data) for data in (b"1", b"2")])
+    loop.do(lambda: None)
+    assert events == [b"1", (sink, b""), b"2", (sink, b"")]
+
+
+def test_a_last_call_sends_what_it_has_to_send(portable):
+    """The last words of the balancer, just before it stops the loop."""
+    events: list[object] = []
+    reactor = Reactor(portable=portable, on_error=lambda where, error: None)
+    reactor.call_soon(lambda: reactor.outbox.append((Sink(events), b"bye", Sender(events), False)))
+    reactor.start()
+    reactor.stop()
+    assert events == [b"bye"]
 
 
 # Bugs -------------------------------------------------------------------------------------------------------------
