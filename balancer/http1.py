@@ -141,7 +141,6 @@ class _Meaning:
     """What the fields say that mean something to us, whatever the request line and the fields beside them."""
 
     __slots__ = (
-        "claims",
         "close",
         "dropped",
         "expect",
@@ -154,7 +153,6 @@ class _Meaning:
         "upgrade",
     )
 
-    claims: dict[bytes, bytes]  # what it says of who asks whom, which is believed only of some
     close: bool
     keep_alive: bool
     expect: bool
@@ -220,6 +218,7 @@ class RequestReader:
         "_authority",
         "_before",
         "_block",
+        "_claims",
         "_client",
         "_ending",
         "_ending_minor",
@@ -265,6 +264,7 @@ class RequestReader:
         self._block = b""  # the last block of fields
         self._fields = b""  # what of it goes on unchanged
         self._meaning: _Meaning | None = None
+        self._claims: dict[bytes, bytes] = {}  # what it says of who asks whom, where that is believed
         self._ending_minor = -1  # the minor version for which `_ending` was made of `_meaning`
         self._ending = b""
         # A block that differs from the last in one line's value, a plain one's: what stands around that value in the
@@ -357,7 +357,7 @@ class RequestReader:
         request.expect = meaning.expect and minor == 1
         request.upgrade = meaning.upgrade and minor == 1
         request.persistent = not meaning.close and (minor == 1 or meaning.keep_alive)
-        request.forwarded_for = meaning.claims.get(b"x-forwarded-for", b"") if self._trusts else b""
+        request.forwarded_for = self._claims.get(b"x-forwarded-for", b"")
         return request
 
     def _understand(self, block: bytes) -> None:
@@ -376,6 +376,7 @@ class RequestReader:
             raise HttpError(431, "too many fields")
         known = self._known
         telling, new = [], []
+        claims: dict[bytes, bytes] = {}
         for line in filterfalse(known.plain.__contains__, lines[1:-1]):
             try:
                 said = known.telling.get(line) or known.learn(line)
@@ -383,10 +384,15 @@ class RequestReader:
                 raise HttpError(400, _what_is_wrong(block)) from None
             if said is None:
                 new.append(line)
-            else:
+                continue
+            name, value = said
+            if name != b"max-forwards":
+                lines.remove(line)
+            if name in _FORWARDED:
+                if self._trusts:
+                    claims[name] = b"%b, %b" % (claims[name], value) if claims.get(name) else value
+            elif name:
                 telling.append(line)
-                if said[0] != b"max-forwards":
-                    lines.remove(line)
         meaning = known.meanings.get(key := tuple(telling))
         if meaning is None:
             meaning = _meaning(known.telling.get(line) or known.learn(line) for line in telling)
@@ -398,6 +404,7 @@ class RequestReader:
         if meaning.dropped:
             self._fields = _without(self._fields, meaning.dropped)
         self._meaning = meaning
+        self._claims = claims
         self._ending_minor = -1
         if len(block) <= REMEMBERED:
             self._block = block
@@ -418,14 +425,13 @@ class RequestReader:
         """All of the backend's head that follows the fields that go on unchanged."""
         modern = meaning.modern if minor else b""
         via = b"\r\nVia: 1.1 lb\r\n\r\n" if minor else b"\r\nVia: 1.0 lb\r\n\r\n"
-        return b"".join((meaning.framing, modern, self._forwarding(meaning, host), via))
+        return b"".join((meaning.framing, modern, self._forwarding(host), via))
 
-    def _forwarding(self, meaning: _Meaning, host: bytes) -> bytes:
+    def _forwarding(self, host: bytes) -> bytes:
         """The fields that tell the backend who asks, without the last line's end."""
-        claims = meaning.claims if self._trusts else {}
-        if not claims and not self._forwarded:
+        if not self._claims and not self._forwarded:
             return self._suffix + host
-        given = claims.get
+        given = self._claims.get
         before = given(b"x-forwarded-for")
         lines = [
             b"X-Forwarded-For: %b" % (b"%b, %b" % (before, self._client) if before else self._client),
@@ -444,7 +450,6 @@ def _meaning(said: Iterable[tuple[bytes, bytes] | None]) -> _Meaning:
     """What the telling lines of a head say together. HttpError where that is not allowed, or not one thing."""
     meaning = _Meaning()
     meaning.host = None
-    meaning.claims = {}
     meaning.expect = False
     meaning.hops = -1
     options: list[bytes] = []
@@ -452,10 +457,7 @@ def _meaning(said: Iterable[tuple[bytes, bytes] | None]) -> _Meaning:
     lengths: list[bytes] = []
     codings: list[bytes] = []
     for name, value in filter(None, said):
-        if name in _FORWARDED:
-            before = meaning.claims.get(name)
-            meaning.claims[name] = b"%b, %b" % (before, value) if before else value
-        elif name == b"host":
+        if name == b"host":
             if meaning.host is not None:
                 raise HttpError(400, "two Host fields")
             meaning.host = _host(value)

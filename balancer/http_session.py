@@ -722,7 +722,7 @@ class HttpSession:
         self._pump_down(rest, b"")
 
     def _begin_answer(self, answer: Answer, request: Request, buffer: bytes, start: int) -> None:
-        """The general case: work out both framings, send the head, and begin with the body, from `start` on in there."""
+        """The general case: work out both framings, and send the head and the body's beginning, `buffer[start:]`."""
         bodiless = request.method == b"HEAD" or answer.status in (204, 304)
         length = 0 if bodiless else answer.length
         framing: int | None = length

@@ -39,6 +39,7 @@ from backend_server import (
 )
 from balancer import http_session
 from balancer.balancer import LoadBalancer
+from balancer.reactor import READ
 from balancing import connect, log_lines, running
 from conftest import PATIENCE, eventually
 from fakes import Answer, Connection, FakeBackend, Handler, hang_up, read_lines, read_response
@@ -994,6 +995,459 @@ def test_a_client_that_closes_within_its_upload_gives_its_lease_back(tmp_path):
                 assert balancer.pool.backends[0].active == 1
             leases_come_back(balancer)
     assert [line.split("code=")[1] for line in exchanges(tmp_path)] == ["CD tries=1"] * 3
+
+
+# The same again and again -----------------------------------------------------------------------------------------
+
+# Nearly all exchanges are like the one before them, and go a shorter way. Here they are interrupted by others: whatever
+# comes between, each is answered, logged and counted as if it stood alone.
+
+
+def dated(content: bytes = b"ok", fields: bytes = b"", status: bytes = b"200 OK") -> bytes:
+    """An answer that can be passed on as it is."""
+    head = b"HTTP/1.1 %b\r\nDate: today\r\n%bContent-Length: %d\r\n\r\n" % (status, fields, len(content))
+    return head + content
+
+
+class Play:
+    """One client and one backend, both played by the test, and the balancer between them."""
+
+    def __init__(self, balancer: LoadBalancer, listener: socket.socket, stack: ExitStack) -> None:
+        self.balancer = balancer
+        self.listener = listener
+        self.stack = stack
+        self.client = stack.enter_context(connect(balancer))
+        self.heard = stack.enter_context(self.client.makefile("rb"))
+        self.backend: Connection | None = None
+        self.asked: list[bytes] = []  # what came to the backend
+        self.connections = 0  # that the backend accepted for requests
+
+    def accept(self) -> Connection:
+        sock, _ = self.listener.accept()
+        sock.settimeout(PATIENCE)
+        self.backend = Connection(self.stack.enter_context(sock), self.asked)
+        self.stack.enter_context(self.backend.file)
+        self.connections += 1
+        return self.backend
+
+    def next_request(self) -> bytes:
+        """The next request at the backend, on the connection that is there or, if that has ended, on a fresh one."""
+        return (self.backend and self.backend.read_request()) or self.accept().read_request()
+
+    def answer(self, *pieces: bytes) -> None:
+        """Send this, a piece when all before it was dealt with."""
+        assert self.backend
+        for piece in pieces:
+            self.backend.send(piece)
+            self.turn()
+
+    def turn(self) -> None:
+        """Wait until the balancer has dealt with all that was there."""
+        over = threading.Event()
+        self.balancer.reactor.call_soon(over.set)
+        assert over.wait(PATIENCE)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Whatever happens within comes to the balancer at once, at the end."""
+        began, go_on = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            began.set()
+            assert go_on.wait(PATIENCE)
+
+        self.balancer.reactor.call_soon(hold)
+        assert began.wait(PATIENCE)
+        try:
+            yield
+        finally:
+            go_on.set()
+
+    def exchange(self, request: bytes = GET, answer: bytes = dated(), method: str = "GET") -> Answer:
+        self.client.sendall(request)
+        self.next_request()
+        self.answer(answer)
+        return read_response(self.heard, method)
+
+    def plain_ones(self) -> None:
+        """A few that are all the same."""
+        assert [self.exchange().body for _ in range(3)] == [b"ok"] * 3
+
+
+@contextmanager
+def played(tmp_path: Path, **keys: Any) -> Iterator[Play]:
+    """At its end each line of the log names the client, and the counters say what the log says."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        listener.settimeout(PATIENCE)
+        balancer = stack.enter_context(running(tmp_path, [listener.getsockname()], **{**QUIET, **keys}))
+        settled(balancer)
+        listener.accept()[0].close()  # the probe's
+        play = Play(balancer, listener, stack)
+        port = play.client.getsockname()[1]
+        yield play
+        play.heard.close()  # which shares the client's descriptor
+        play.client.close()
+        if play.backend:
+            hang_up(play.backend.sock)
+        leases_come_back(balancer)
+        eventually(lambda: not balancer.listener.sessions, "no session")
+        (backend,) = balancer.pool.backends
+        tally, own = backend.tally, balancer.listener.front.tally
+        assert backend.active == balancer.pool.in_hand == 0
+    lines = [line for line in log_lines(tmp_path) if " code=" in line]
+    assert all(f" 127.0.0.1:{port} " in line for line in lines)
+    assert sum(tally.responses) + sum(own.responses) == len(lines)
+    octets = [int(re.search(r'" (?:\d+|-) (\d+) ', line)[1]) for line in lines]  # type: ignore[index]
+    assert tally.octets_out + own.octets_out == sum(octets)
+    bodies = [request.partition(b"\r\n\r\n")[2] for request in play.asked]
+    if all("code=--" in line for line in lines):
+        assert tally.octets_in == sum(map(len, bodies))
+
+
+PLAIN_LINE = '"GET / HTTP/1.1" 200 2 backend=1 code=-- tries=1'
+FIVE = b"POST /five HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"
+NESTED = b"POST /nested HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(GET)
+
+# The pieces that a client sends, and the requests that they are: request line and content.
+SAID: dict[str, tuple[list[bytes], list[tuple[bytes, bytes]]]] = {
+    "the same": ([GET], [(b"GET /", b"")]),
+    "in two pieces": ([GET[:20], GET[20:]], [(b"GET /", b"")]),
+    "after an empty line": ([b"\r\n" + GET], [(b"GET /", b"")]),
+    "two at once": ([GET + GET], [(b"GET /", b"")] * 2),
+    "one and a half": ([GET + GET[:20], GET[20:]], [(b"GET /", b"")] * 2),
+    "another behind it": ([GET + FIVE + b"hello"], [(b"GET /", b""), (b"POST /five", b"hello")]),
+    "a body": ([FIVE + b"hello"], [(b"POST /five", b"hello")]),
+    "another body": ([FIVE + b"\0\r\n\r\n"], [(b"POST /five", b"\0\r\n\r\n")]),
+    "a body in two pieces": ([FIVE + b"he", b"llo"], [(b"POST /five", b"hello")]),
+    "a body behind its head": ([FIVE, b"world"], [(b"POST /five", b"world")]),
+    "a body and more": ([FIVE + b"hello" + GET], [(b"POST /five", b"hello"), (b"GET /", b"")]),
+    "two bodies": ([(FIVE + b"hello") + FIVE + b"world"], [(b"POST /five", b"hello"), (b"POST /five", b"world")]),
+    "a body that looks like a request": ([NESTED + GET], [(b"POST /nested", GET)]),
+    "chunks": (
+        [b"POST /c HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n"],
+        [(b"POST /c", b"2\r\nab\r\n0\r\n\r\n")],
+    ),
+    "HTTP/1.0 kept": ([b"GET /old HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"], [(b"GET /old", b"")]),
+}
+
+
+@pytest.mark.parametrize(("pieces", "requests"), SAID.values(), ids=SAID)
+def test_whatever_a_client_says_between_requests_that_are_the_same(tmp_path, pieces, requests):
+    """Twice, as the second time it is known; the answers differ each time, so that none can be mistaken."""
+    with played(tmp_path) as play:
+        for turn in range(2):
+            play.plain_ones()
+            for piece in pieces:
+                play.client.sendall(piece)
+                play.turn()
+            for number, (line, content) in enumerate(requests):
+                head, _, body = play.next_request().partition(b"\r\n\r\n")
+                assert head.startswith(line + b" HTTP/1.1\r\n")
+                assert body == content
+                answer = b"%d %d" % (turn, number)
+                play.answer(dated(answer))
+                assert read_response(play.heard).body == answer
+        play.plain_ones()
+        assert play.connections == 1
+    lines = exchanges(tmp_path)
+    assert [line for line in lines if line != PLAIN_LINE] == 2 * [
+        f'"{line.decode()} HTTP/1.{int(line != b"GET /old")}" 200 3 backend=1 code=-- tries=1' for line, _ in requests
+    ]
+
+
+@pytest.mark.parametrize(
+    ("octets", "method"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", "GET"),
+        (b"GET / HTTP/1.0\r\n\r\n", "GET"),
+        (b"HEAD / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", "HEAD"),
+        (GET + b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" + GET, "GET"),
+    ],
+    ids=["close", "HTTP/1.0", "HEAD", "close among others"],
+)
+def test_the_last_request_after_many_that_were_the_same_ends_the_connection(tmp_path, octets, method):
+    with played(tmp_path) as play:
+        play.plain_ones()
+        play.client.sendall(octets)
+        if octets.startswith(GET):
+            play.next_request()
+            play.answer(dated())
+            assert "Connection" not in read_response(play.heard).headers
+        play.next_request()
+        play.answer(dated(b"" if method == "HEAD" else b"ok"))
+        answer = read_response(play.heard, method)
+        assert (answer.status, answer.headers["Connection"]) == (200, "close")
+        assert play.heard.read() == b""
+    assert len(exchanges(tmp_path)) == 4 + octets.startswith(GET)
+
+
+def test_head_between_requests_that_are_the_same_has_no_body(tmp_path):
+    """Its answer has the head of the others' answers, and their length."""
+    with played(tmp_path) as play:
+        for _ in range(2):
+            play.plain_ones()
+            answer = play.exchange(GET.replace(b"GET", b"HEAD"), dated()[:-2], "HEAD")
+            assert (answer.headers["Content-Length"], answer.body) == ("2", b"")
+        play.plain_ones()
+    assert exchanges(tmp_path).count('"HEAD / HTTP/1.1" 200 0 backend=1 code=-- tries=1') == 2
+
+
+@pytest.mark.parametrize("when", ["with it", "before the answer", "with the answer"])
+@pytest.mark.parametrize("octets", [GET, FIVE + b"hello"], ids=["GET", "POST"])
+def test_a_client_that_half_closes_behind_a_request_it_has_sent_before_gets_its_answer(tmp_path, octets, when):
+    """RFC 9112 section 9.6."""
+    with played(tmp_path) as play:
+        for _ in range(3):
+            play.exchange(octets)
+        with play.held() if when == "with it" else ExitStack():
+            play.client.sendall(octets)
+            if when == "with it":
+                play.client.shutdown(socket.SHUT_WR)
+        play.next_request()
+        if when == "before the answer":
+            play.client.shutdown(socket.SHUT_WR)
+            play.turn()
+        with play.held() if when == "with the answer" else ExitStack():
+            play.backend.send(dated())
+            if when == "with the answer":
+                play.client.shutdown(socket.SHUT_WR)
+        assert read_response(play.heard).body == b"ok"
+        assert play.heard.read() == b""
+    assert [line.split(" ", 3)[3] for line in exchanges(tmp_path)] == ["200 2 backend=1 code=-- tries=1"] * 4
+
+
+@pytest.mark.parametrize("order", ["request first", "answer first"])
+def test_a_request_that_comes_at_the_moment_of_an_answer_is_the_next(tmp_path, order):
+    with played(tmp_path) as play:
+        play.plain_ones()
+        play.client.sendall(GET)
+        play.next_request()
+        acts = [lambda: play.client.sendall(FIVE + b"hello"), lambda: play.backend.send(dated(b"first"))]
+        with play.held():
+            for act in acts if order == "request first" else reversed(acts):
+                act()
+        assert read_response(play.heard).body == b"first"
+        assert play.next_request().endswith(b"\r\n\r\nhello")
+        play.answer(dated(b"second"))
+        assert read_response(play.heard).body == b"second"
+        play.plain_ones()
+
+
+OTHER = dated(b"other", b"X-Other: 1\r\n", b"201 Created")
+HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n"
+
+# The pieces of an answer; then status and content that the client reads, and whether the backend's connection stays.
+TOLD: dict[str, tuple[list[bytes], int, bytes, bool]] = {
+    "the same": ([dated()], 200, b"ok", True),
+    "other content": ([dated(b"no")], 200, b"no", True),
+    "another length": ([dated(b"longer")], 200, b"longer", True),
+    "no content": ([dated(b"")], 200, b"", True),
+    "another head": ([OTHER], 201, b"other", True),
+    "head in two pieces": ([dated()[:20], dated()[20:]], 200, b"ok", True),
+    "head but for its last octets": ([dated()[:-4], dated()[-4:]], 200, b"ok", True),
+    "another head in two pieces": ([OTHER[:20], OTHER[20:]], 201, b"other", True),
+    "octet by octet": ([bytes([octet]) for octet in OTHER], 201, b"other", True),
+    "body in two pieces": ([dated()[:-1], dated()[-1:]], 200, b"ok", True),
+    "head, then body": ([dated()[:-2], b"ok"], 200, b"ok", True),
+    "a piece that looks like a whole one": ([b"HTTP/1.1 404 No\r\nX-Other: ", dated()], 404, b"ok", True),
+    "octets behind it": ([dated() + b"HTTP/1.1 200 OK\r\n"], 200, b"ok", False),
+    "another answer behind it": ([dated() + OTHER], 200, b"ok", False),
+    "interim before it": ([HINTS + dated()], 200, b"ok", True),
+    "interim, then it": ([HINTS, dated()], 200, b"ok", True),
+    "interim, then another": ([HINTS, HINTS, OTHER], 201, b"other", True),
+    "interim with a length": ([dated(b"", status=b"103 Hints"), dated(b"", status=b"103 Hints"), OTHER], 201, b"other", True),
+    "no date": ([OK], 200, b"ok", True),
+    "chunks": ([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"], 200, b"ok", True),
+    "close": ([dated(fields=b"Connection: close\r\n")], 200, b"ok", False),
+    "204": ([b"HTTP/1.1 204 No Content\r\nDate: today\r\n\r\n"], 204, b"", True),
+    "304": ([dated(status=b"304 Not Modified")[:-2]], 304, b"", True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("pieces", "status", "content", "stays"), TOLD.values(), ids=TOLD)
+@pytest.mark.parametrize("octets", [GET, FIVE + b"hello"], ids=["GET", "POST"])
+def test_whatever_a_backend_answers_between_answers_that_are_the_same(tmp_path, octets, pieces, status, content, stays):
+    with played(tmp_path) as play:
+        for _ in range(2):
+            for _ in range(2):
+                assert play.exchange(octets).body == b"ok"
+            play.client.sendall(octets)
+            play.next_request()
+            play.answer(*pieces)
+            for piece in pieces[:-1]:
+                if piece.startswith(b"HTTP/1.1 103 "):
+                    assert read_lines(play.heard).startswith(b"HTTP/1.1 103 ")
+            answer = read_response(play.heard)
+            assert (answer.status, answer.body) == (status, content)
+            assert ("X-Other" in answer.headers) == any(b"X-Other" in piece for piece in pieces[:1])
+            assert play.client.getpeername()
+        again = play.exchange(octets, OTHER)
+        assert (again.status, again.body, again.headers["X-Other"]) == (201, b"other", "1")
+        assert play.connections == (1 if stays else 3)
+    line = octets.partition(b"\r\n")[0].decode()
+    assert exchanges(tmp_path) == [
+        f'"{line}" {status} {octets_out} backend=1 code=-- tries=1'
+        for status, octets_out in [*[(200, 2), (200, 2), (status, len(content))] * 2, (201, 5)]
+    ]
+
+
+@pytest.mark.parametrize("before", [dated(), HINTS + dated()], ids=["", "after an interim answer"])
+@pytest.mark.parametrize(("octets", "again"), [(GET, True), (FIVE + b"hello", False)], ids=["GET", "POST"])
+def test_a_request_that_has_reached_a_backend_is_sent_again_only_if_it_may_be(tmp_path, octets, again, before):
+    """RFC 9110 section 9.2.2: the backend takes it from a kept connection and closes without an answer."""
+    with played(tmp_path) as play:
+        play.exchange(octets, dated())
+        play.client.sendall(octets)
+        play.next_request()
+        play.answer(before)
+        if before.startswith(HINTS):
+            assert read_lines(play.heard) == HINTS
+        assert read_response(play.heard).body == b"ok"
+        play.client.sendall(octets)
+        assert play.next_request()
+        hang_up(play.backend.sock)
+        if again:
+            assert play.next_request()
+            play.answer(dated(b"again"))
+        answer = read_response(play.heard)
+        assert answer.status == (200 if again else 502)
+        assert answer.body == b"again" or not again
+        assert len(play.asked) == 3 + again
+        assert play.balancer.pool.backends[0].tally.retries == again
+
+
+@pytest.mark.parametrize("octets", [GET, FIVE + b"hello"], ids=["GET", "POST"])
+@pytest.mark.parametrize("moment", ["before the request", "with the request", "before it is sent"])
+def test_a_request_on_a_kept_connection_that_was_closed_meanwhile_reaches_the_backend_once(tmp_path, octets, moment):
+    """Nothing of a POST may be sent where it could be lost: it goes out on a fresh connection, and once."""
+    with played(tmp_path) as play, ExitStack() as stack:
+        for _ in range(3):
+            play.exchange(octets)
+        ours, theirs = socket.socketpair()
+        stack.enter_context(ours)
+        stack.enter_context(theirs)
+        begun, closed = threading.Event(), threading.Event()
+        reactor = play.balancer.reactor
+
+        def wait_within_the_batch(mask: int) -> None:
+            reactor.remove(ours.fileno())
+            begun.set()
+            assert closed.wait(PATIENCE)
+
+        reactor.call_soon(reactor.add, ours.fileno(), READ, wait_within_the_batch)
+        play.turn()
+        with play.held():
+            if moment == "before the request":
+                hang_up(play.backend.sock)
+            play.client.sendall(octets)
+            if moment == "with the request":
+                hang_up(play.backend.sock)
+            theirs.send(b"x")
+        assert begun.wait(PATIENCE)
+        if moment == "before it is sent":
+            hang_up(play.backend.sock)
+        closed.set()
+        play.accept()
+        assert play.backend.read_request().endswith(octets[-5:])
+        play.answer(dated(b"fresh"))
+        assert read_response(play.heard).body == b"fresh"
+        assert play.exchange(octets, dated(b"after")).body == b"after"
+        assert (len(play.asked), play.connections) == (5, 2)
+    line = octets.partition(b"\r\n")[0].decode()
+    lines = [line.split(" id=")[0] for line in exchanges(tmp_path)]
+    assert lines[:3] == [f'"{line}" 200 2 backend=1 code=-- tries=1'] * 3
+    assert lines[3:] == [f'"{line}" 200 5 backend=1 code=-- tries=1'] * 2
+
+
+def test_each_slow_exchange_has_a_name_and_the_connection_goes_on(tmp_path):
+    """All are slow here; the backend's name for one stands."""
+    log = {"file": str(tmp_path / "lb.log"), "slow": 0.000001}
+    with played(tmp_path, log=log) as play:
+        names = [play.exchange().headers["X-Request-Id"] for _ in range(4)]
+        assert len(set(names)) == 4
+        assert play.exchange(answer=dated(fields=b"X-Request-Id: mine\r\n")).headers.get_all("X-Request-Id") == ["mine"]
+        assert play.connections == 1
+    lines = log_lines(tmp_path)
+    assert [line.rpartition(" id=")[2] for line in lines if " code=--" in line] == [*names, "mine"]
+
+
+LARGE = dated(bytes(60_000))
+
+
+def fill_up(play: Play) -> int:
+    """Ask until the client's connection takes no more of the answers, of which it reads none. How many it asked for?"""
+    for number in range(1, 500):
+        play.client.sendall(GET)
+        assert play.next_request()
+        with play.held():
+            play.backend.send(LARGE)
+        play.turn()
+        if play.balancer.pumps.threads:
+            return number
+    pytest.fail("a connection that takes everything")
+
+
+def test_a_client_that_takes_an_answer_late_gets_it_whole(tmp_path):
+    """What its connection has no room for is a pump's to send; then all is as before."""
+    with played(tmp_path) as play:
+        play.plain_ones()
+        count = fill_up(play)
+        for _ in range(count):
+            assert read_response(play.heard).body == bytes(60_000)
+        play.plain_ones()
+        assert play.connections == 1
+    large = '"GET / HTTP/1.1" 200 60000 backend=1 code=-- tries=1'
+    assert exchanges(tmp_path) == [PLAIN_LINE] * 3 + [large] * count + [PLAIN_LINE] * 3
+
+
+def test_a_client_that_resets_while_an_answer_waits_for_it_costs_nobody_else_anything(tmp_path):
+    with played(tmp_path) as play:
+        play.plain_ones()
+        count = fill_up(play)
+        play.heard.close()
+        reset(play.client)
+        leases_come_back(play.balancer)
+    lines = exchanges(tmp_path)
+    assert len(lines) == 3 + count
+    assert lines[-1].endswith("backend=1 code=CD tries=1")
+
+
+@pytest.mark.parametrize("order", ["reset first", "answer first"])
+def test_a_client_that_resets_at_the_moment_of_its_answer_gives_the_lease_back(tmp_path, order):
+    with played(tmp_path) as play:
+        play.plain_ones()
+        play.client.sendall(GET)
+        play.next_request()
+        play.heard.close()
+        acts = [lambda: reset(play.client), lambda: play.backend.send(dated())]
+        with play.held():
+            for act in acts if order == "reset first" else reversed(acts):
+                act()
+        leases_come_back(play.balancer)
+        eventually(lambda: not play.balancer.listener.sessions, "no session")
+    *before, last = exchanges(tmp_path)
+    assert before == [PLAIN_LINE] * 3
+    assert re.search(r" backend=1 code=C[HD] tries=1$", last)
+
+
+def test_the_times_of_an_exchange_are_its_own(tmp_path):
+    """What a failed one never came to is null in the log, whatever the one before it came to."""
+    log = {"file": str(tmp_path / "lb.log"), "format": "json"}
+    with FakeBackend([dated(), b"", dated()]) as fake, running(tmp_path, at(fake), log=log, **QUIET) as balancer:
+        settled(balancer)
+        for octets in (FIVE + b"hello", b"NOTHING\r\n\r\n"):
+            with connect(balancer) as sock, sock.makefile("rb") as file:
+                sock.sendall(GET)
+                assert read_response(file).body == b"ok"
+                sock.sendall(octets)
+                assert read_response(file).status >= 400
+    found = [json.loads(line) for line in log_lines(tmp_path) if '"code"' in line]
+    times = [[each[name] is not None for name in ("head_ms", "queue_ms", "connect_ms", "answer_ms")] for each in found]
+    assert [each["code"] for each in found] == ["--", "SH", "--", "PR"]
+    assert times[0] == times[2] == [True] * 4
+    assert times[1] == [True, True, True, False]
+    assert times[3] == [False] * 4
 
 
 # Many requests, many connections ----------------------------------------------------------------------------------
