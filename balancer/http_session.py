@@ -176,8 +176,7 @@ class HttpSession:
         if self.tried:
             self.tried = []
         if self._source is not self._address:
-            self._source = self._address
-            self._client = format_address(*self._address)
+            self._forget_source()
         self._plain = False
         self._began = NEVER  # when the request's first octet was there
         self._head_after = -1.0
@@ -199,6 +198,11 @@ class HttpSession:
         self._down_body: Body | None = None  # of the answer, unless it came whole with its head
         self._told = False  # did we answer ourselves?
         self._close_framed = False  # does only the close tell the client where the answer's body ends?
+
+    def _forget_source(self) -> None:
+        """The next request may be another client's."""
+        self._source = self._address
+        self._client = format_address(*self._address)
 
     # ---- what the listener asks -------------------------------------------------------------------------------
 
@@ -255,7 +259,9 @@ class HttpSession:
         if known and self._state is IDLE and not self._buffer:
             self._began = self._reactor.now
             self._persistent = True
-            request = self._known_request
+            self._request = request = self._known_request
+            if self._front.guarded and not self._let_in(request):
+                return
             if request.length:
                 self._up_first = data[len(self._known) :]
                 self._octets_in = request.length
@@ -380,9 +386,9 @@ class HttpSession:
             self._octets_in = request.length
         elif not self._begin_body(request, rest):
             return
-        if front.keyed:
+        if front.keyed and not front.guarded:
             self._find_key(request)
-        if self._persistent and not front.guarded and request.length >= 0 and length <= REMEMBERED:
+        if self._persistent and request.length >= 0 and length <= REMEMBERED:
             self._known, self._known_request = request.received, request
             self._known_octets = len(request.received) + request.length
         self._ask(request)
@@ -414,6 +420,8 @@ class HttpSession:
         elif front.redirects_to is not None:
             self._refuse(_redirection(request, front.redirects_to), "LR")
         else:
+            if front.keyed:
+                self._find_key(request)
             return True
         return False
 
@@ -472,8 +480,7 @@ class HttpSession:
         self._state = WAITING
         if self._up_body is None:
             self.deadline = now + front.timeouts.server
-            undisturbed = self._reading and not self._buffer and self.trail is None and self._source is self._address
-            self._plain = undisturbed and request.plain
+            self._plain = self._reading and not self._buffer and self.trail is None and request.plain
             self._reactor.outbox.append((sink, data, self, False))
             return
         self._plain = False
@@ -632,6 +639,7 @@ class HttpSession:
             self._fail(502, "PH", error.reason)
             return
         if found is None:
+            self._plain = False
             self._answer_buffer = buffer
             return
         answer, length = found
@@ -705,10 +713,13 @@ class HttpSession:
         self._status = 0
         self._request = None
         self._began = NEVER
+        self._head_after = self._connected_after = self._answered_after = -1.0
         self.deadline = self._reactor.now + front.timeouts.client_idle
         if self._up_first:
             self._up_first = b""
             self._octets_in = 0
+        if self._source is not self._address:
+            self._forget_source()
 
     def _pass_on_slowly(self, rest: bytes) -> None:
         """The client does not take all of a plain answer at once."""
@@ -843,7 +854,7 @@ class HttpSession:
 
     def _send_interim(self, answer: Answer) -> bool:
         """Pass a 1xx on. False when the client could not be told."""
-        self._up_replayable = False  # the client has seen something of this answer
+        self._plain = self._up_replayable = False  # the client has seen something of this answer
         head = interim_head(answer, self._extra if answer.status == 101 else b"")
         try:
             if self._sock.send(head, DONTWAIT) == len(head):
