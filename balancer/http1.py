@@ -285,11 +285,22 @@ class RequestReader:
             self._check_unfinished(buffer, start, seen)
             return None
         head = buffer[start : end + 4]
+        if len(head) > REMEMBERED:
+            try:
+                return self._parse(head), end + 4
+            finally:
+                self._forget()
         request = self._parse(head)
-        if not start and len(head) <= REMEMBERED:
+        if not start:
             self._last = head
             self._request = request
         return request, end + 4
+
+    def _forget(self) -> None:
+        """Hold on to nothing of the last block."""
+        self._block = self._before = self._fields = self._ending = b""
+        self._ending_minor = -1
+        self._meaning, self._claims = None, {}
 
     def _check_unfinished(self, buffer: bytes, start: int, seen: int) -> None:
         """Refuse as soon as it is clear that no whole head can come of it."""
@@ -406,10 +417,9 @@ class RequestReader:
         self._meaning = meaning
         self._claims = claims
         self._ending_minor = -1
-        if len(block) <= REMEMBERED:
-            self._block = block
-            if len(new) == 1 and not meaning.dropped:
-                self._expect_others_of(new[0])
+        self._block = block
+        if len(new) == 1 and not meaning.dropped:
+            self._expect_others_of(new[0])
 
     def _expect_others_of(self, line: bytes) -> None:
         """The next block may have another value in this line, which nobody had seen before, and be the same else."""
@@ -566,7 +576,7 @@ class AnswerReader:
             self._parse_fields(answer, head[line_end:-2], modern=minor_digit != b"0")
         except HttpError as error:
             raise BadAnswer(f"in the backend's answer: {error.reason}") from None
-        if answer.length >= 0 and answer.dated and answer.status not in (204, 304):
+        if answer.length >= 0 and answer.dated and answer.status >= 200 and answer.status not in (204, 304):
             head = b"%b%bContent-Length: %d\r\n" % (answer.line, answer.fields, answer.length)
             answer.plain = head + b"\r\n"
             answer.closing = head + b"Connection: close\r\n\r\n"

@@ -123,6 +123,7 @@ class HttpSession:
         "_source",
         "_state",
         "_status",
+        "_sticks",
         "_told",
         "_told_reason",
         "_tunnel",
@@ -155,6 +156,7 @@ class HttpSession:
         self._counted = False  # among the connections of its client
         self._reader = front.reader(self._peer)
         self._known_octets = -1
+        self._sticks = front.sticks  # that `wanted` was found in
         self._reading = False  # is the client's descriptor registered?
         self._state = IDLE
         self._buffer = b""  # what came from the client and is not consumed: a head begun, or pipelined requests
@@ -260,8 +262,11 @@ class HttpSession:
             self._began = self._reactor.now
             self._persistent = True
             self._request = request = self._known_request
-            if self._front.guarded and not self._let_in(request):
-                return
+            if self._front.guarded:
+                if not self._let_in(request):
+                    return
+            elif self._sticks is not self._front.sticks:
+                self._find_key(request)
             if request.length:
                 self._up_first = data[len(self._known) :]
                 self._octets_in = request.length
@@ -429,6 +434,7 @@ class HttpSession:
         """What the policy goes by, and which backend this client had before."""
         front = self._front
         self.key = self._source[0]
+        self._sticks = front.sticks
         if front.hash_on:
             head = request.head  # Host stands there only
             self.key = key_of(front.hash_on, request.target, head[head.index(b"\r\n") :]) or self.key

@@ -204,11 +204,10 @@ class Journal:
 
     def _maker(self) -> Callable[[Exchange], None]:
         append = self._written.append
-        made = self._format.exchange
 
         def exchange(record: Exchange) -> None:
             try:
-                append(made(record))
+                append(self._format.exchange(record))
             except Exception as error:  # even one that was built wrongly must not end a session
                 self.event("error", f"no line can be made of {record!r}: {error!r}")
 
@@ -244,9 +243,14 @@ class Journal:
         try:
             file, place = self._file, path or os.devnull
             if self._thread:
-                self._write_out()
+                former, self._format = self._format, FORMATS[format]  # what is made from here on goes to the new place
+                self._write_out(len(self._waiting))
                 if place != file.path:
-                    file.move(place)
+                    try:
+                        file.move(place)
+                    except OSError:
+                        self._format = former
+                        raise
             file.path, file.max_bytes, file.backups = place, max_bytes, backups
             self._choose(path, level, format)
         finally:
@@ -300,17 +304,17 @@ class Journal:
         with self._writing:
             return self._write_batch()
 
-    def _write_out(self) -> None:
-        """Write all that waits. `_writing` is held."""
+    def _write_out(self, most: int = 2 * WAITING) -> None:
+        """Write all that waits, or `most` lines of it. `_writing` is held."""
         for _ in range(len(self._waiting) // BATCH + 3):  # the batch in hand, one that is not full, the last event
-            self._write_batch()
+            most -= self._write_batch(most)
 
-    def _write_batch(self) -> int:
+    def _write_batch(self, most: int = BATCH) -> int:
         taken = 0
         try:
             self._follow()
             if not self._file.unwritten:
-                taken = self._take()
+                taken = self._take(min(most, BATCH))
             self._file.flush()
         except OSError as error:
             self._suffer(error)
@@ -326,12 +330,12 @@ class Journal:
             self._look_due = now + LOOK
             self._file.follow()
 
-    def _take(self) -> int:
-        """Take the oldest lines that wait; at most BATCH of them."""
+    def _take(self, most: int) -> int:
+        """Take the oldest lines that wait, so many at most."""
         waiting = len(self._waiting)
         if waiting >= 2 * WAITING:
             self.event("error", f"{self._file.path}: was not written fast enough; uncounted lines were lost")
-        taken = min(waiting, BATCH)
+        taken = min(waiting, most)
         oldest = self._waiting.popleft
         if taken:
             lines = [oldest() for _ in range(taken)]

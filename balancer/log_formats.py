@@ -84,12 +84,11 @@ def text_exchange(record: Exchange) -> str:
         ended, client, line, status, octets_out, backend, _, _, _, _, total, code, tries,
         name, octets_in, _, _, _, _,
     ) = record  # fmt: skip
-    date = _date(int(ended * 1000))
-    end = f"backend={backend} {total * 1000:.1f}ms code={code} tries={tries}"
-    if line or status:
-        text = f'{date} INFO {client} "{_request(line)}" {status or "-"} {octets_out} {end}'
-    else:
-        text = f"{date} INFO {client} tcp {octets_in}/{octets_out} {end}"
+    what = f'"{_request(line)}" {status or "-"} {octets_out}' if line or status else f"tcp {octets_in}/{octets_out}"
+    text = (
+        f"{_date(int(ended * 1000))} INFO {client} {what} backend={backend} {_tenths(int(total * 10_000 + 0.5))}ms "
+        f"code={code} tries={tries}"
+    )
     return f"{text} id={_quotable(name).replace(' ', '_')}" if name else text
 
 
@@ -108,6 +107,12 @@ def _date(milliseconds: int) -> str:
 @lru_cache(maxsize=4)
 def _second(seconds: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+@lru_cache(maxsize=1024)
+def _tenths(number: int) -> str:
+    """Tenths as a number with one digit behind the point."""
+    return f"{number / 10:.1f}"
 
 
 @lru_cache(maxsize=256)

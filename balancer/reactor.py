@@ -262,13 +262,17 @@ class Reactor:
         while self.outbox:
             outbox, self.outbox = self.outbox, []
             rests: list[bytes | None] = []
-            for sink, data, _, _ in outbox:  # `send_now`, without the cost of calling that
+            for sink, data, sender, _ in outbox:  # `send_now`, without the cost of calling that
                 try:
                     sent = sink.send(data, DONTWAIT)
                 except BlockingIOError:
                     sent = 0
                 except OSError:
                     rests.append(None)
+                    continue
+                except Exception as error:
+                    rests.append(b"")
+                    self._crashed(sender.on_sent, error)
                     continue
                 rests.append(b"" if sent == len(data) else data[sent:])
             for (sink, _, sender, wants_to_know), rest in zip(outbox, rests):  # noqa: B905 - one for each

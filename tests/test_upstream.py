@@ -21,7 +21,7 @@ from balancer.explain import Trail
 from balancer.handshake import Handshaker
 from balancer.pickers import RoundRobin
 from balancer.pool import Pool
-from balancer.reactor import NEVER, READ, Reactor
+from balancer.reactor import DONTWAIT, NEVER, READ, Reactor
 from balancer.upstream import NONE_AVAILABLE, QUEUE_FULL, QUEUED_IN_VAIN, Attempt, Refusal, Upstream, Upstreams
 from conftest import PATIENCE, eventually
 
@@ -278,6 +278,22 @@ def test_so_many_idle_connections_are_kept_and_no_more(scene, monkeypatch):
     for upstream in [scene.connection() for _ in range(3)]:
         scene.do(scene.upstreams.keep, upstream)
     assert (scene.upstreams.idle, scene.active()) == (2, [0])
+
+
+def test_nothing_is_sent_to_a_backend_that_has_closed(scene):
+    """A socket would take it, and it would never be known whether the backend has read it."""
+    listener = scene.listener()
+    scene.set_up(listener)
+    upstream = scene.connection()
+    backend = scene.accept(listener)
+    assert upstream.send(b"hello", DONTWAIT) == 5
+    assert backend.recv(100) == b"hello"
+    backend.shutdown(socket.SHUT_WR)
+    eventually(upstream.is_stale)
+    with pytest.raises(ConnectionResetError):
+        upstream.send(b"again", DONTWAIT)
+    give_back(scene, upstream)
+    assert backend.recv(100) == b""
 
 
 def test_a_stale_connection_is_replaced_by_a_fresh_one_under_the_same_lease(scene):
