@@ -290,6 +290,9 @@ def name_of(frame: FrameType) -> str:
     return f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"
 
 
+WITH_THE_CLOCK = ("log_formats._date", "log_formats._second")
+"""Once a millisecond or a second, however many exchanges end in it."""
+
 COUNTINGS: tuple[type[Counting], ...] = (PythonCalls, CCalls, Instructions)
 
 
@@ -309,6 +312,8 @@ def on_reactor(work: Work, directory: Path, **keys: Any) -> dict[type[Counting],
                 client.ask(*asked)
                 call(balancer.reactor, counter.end)
             counting.counts.subtract(nothing.counts)
+            for name in WITH_THE_CLOCK:
+                del counting.counts[name]
             found[kind] = rates(counting.counts, kind.EXCHANGES)
     return found
 
@@ -331,10 +336,11 @@ def on_journal(format: str, directory: Path) -> dict[type[Counting], Rates]:
         nothing, counting = kind(), kind()
         for counter, number in (nothing, 0), (counting, LOGGED):
             journal = Journal(str(directory / "journal.log"), format=format)
-            for record in records(number):
-                journal.exchange(record)
+            made = list(records(number))
             counter.begin()
             try:
+                for record in made:
+                    journal.exchange(record)
                 journal.round()
             finally:
                 counter.end()
