@@ -18,9 +18,10 @@ A request is sent again, to the same or another backend, only while nothing of a
 request is in `_up_first`; see `_may_repeat`.
 
 Nearly all exchanges are *plain*: the request was sent whole, nothing else has happened until the answer comes, and that
-comes whole, with a head that the backend has sent before. `_plain` says that the first half was so, and whatever else
-happens clears it; `_pass_on` is the second half, and does what the general case would do. `_known` is a client's last
-head, where nothing has to be thought of when it comes again, and `_known_octets` the length of such a request, or -1.
+comes whole. `_plain` says that the first half was so, and whatever else happens clears it; the second half are
+`_pass_on` and `_passed_on`, which do what the general case would do, and between them the answer is PASSING, in the
+reactor's outbox. `_known` is a client's last head, where nothing has to be thought of when it comes again, and
+`_known_octets` the length of such a request, or -1.
 """
 
 from __future__ import annotations
