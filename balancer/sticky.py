@@ -22,6 +22,7 @@ _COOKIE_FIELD = re.compile(rb"\r\n(?i:cookie):([^\r]*)")
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _OURS = re.compile(rb"[A-Za-z0-9_-]{22}")  # 16 octets in base64, without padding
 _LEAST_SECRET = 16  # octets
+MOST_LINES = 4096  # that are kept ready-made
 
 
 class Named(Protocol):
@@ -44,6 +45,7 @@ class Sticky:
             raise ValueError(f"the secret has {len(secret)} octets; it takes at least {_LEAST_SECRET} to be one")
         self._name = name.encode()
         self._secret = secret
+        self._lines: dict[tuple[str, str], bytes] = {}  # by address and id of the backend
         self._attributes = b"; Path=/; HttpOnly; SameSite=Lax" + (b"; Secure" if secure else b"")
 
     def value(self, backend: Named) -> str:
@@ -61,7 +63,14 @@ class Sticky:
 
     def set_cookie(self, backend: Named) -> bytes:
         """The line that has a client come back to this backend for as long as the browser is open, with its end."""
-        return b"Set-Cookie: %b=%b%b\r\n" % (self._name, self.value(backend).encode(), self._attributes)
+        key = backend.address, backend.id
+        line = self._lines.get(key)
+        if line is None:
+            if len(self._lines) >= MOST_LINES:
+                self._lines.clear()
+            line = b"Set-Cookie: %b=%b%b\r\n" % (self._name, self.value(backend).encode(), self._attributes)
+            self._lines[key] = line
+        return line
 
 
 def cookie_values(fields: bytes, name: bytes) -> Iterator[bytes]:

@@ -43,8 +43,6 @@ def parse_anew(reader: str, *, lines_too: bool = False, **blank: object) -> None
             found = read(self, *arguments)
             for name, value in blank.items():
                 setattr(self, name, value)
-            if found and hasattr(found[0], "received"):
-                found[0].received = None  # or the session would know the same octets without asking
             return found
 
         return read_anew
@@ -52,6 +50,7 @@ def parse_anew(reader: str, *, lines_too: bool = False, **blank: object) -> None
     for name in (*blank, *(["_known"] if lines_too else [])):
         replace(f"balancer.http1:{reader}.{name}", lambda same: same)  # says so when there is none
     replace(f"balancer.http1:{reader}.read", forgetful)
+    replace("balancer.http_session:REMEMBERED", lambda octets: -1)  # or a session would know a head without asking
 
 
 PARTS: dict[str, Callable[[], None]] = {
