@@ -8,8 +8,9 @@ What a result says is in HAProxy's words: L4 is the connection, L7 the answer, O
 status was not expected, TOUT took too long; DNS is ours.
 
 Rules:
-- A probe is due `interval` after the last one began; a little sooner by chance, never later, so that many backends
-  drift apart and a backend that returns is seen in time. The first one is due at once.
+- A probe is due `interval` after the last one began; a little sooner by chance, never later, so that backends drift
+  apart and one that returns is seen in time. The first one is due at once; of MANY backends the second comes at any
+  time within the interval, for a thousand probes at once would make requests wait.
 - Every endpoint of a backend is tried within one probe, each for its share of the timeout; the one that let us in
   comes first from then on, for the forwarding path too.
 - A head that is complete decides. What follows it is read and thrown away, because to close with octets unread is a
@@ -59,6 +60,8 @@ from balancer.version import __version__
 HEAD_BYTES = 65536  # octets of one head, after which it is no head
 REST_BYTES = 1 << 20  # octets after the head that are read for the sake of politeness
 EARLIER = 0.1  # share of the interval by which a probe may come sooner
+MANY = 20  # backends whose probes are spread over the interval from the beginning
+TOGETHER = 0.05  # share of the interval whose probes of MANY begin together: a thread that wakes makes others wait
 SOONEST = 0.1  # seconds between two probes of one backend, however often `probe_now` is called
 SHORTAGE_PAUSE = 0.25  # seconds until a probe is tried again that our own shortage prevented
 SHORTAGE_SILENCE = 10.0  # seconds in which a shortage is not mentioned again
@@ -507,8 +510,12 @@ class HealthChecker:
             self._begin(watch)
 
     def _begin(self, watch: Watch) -> None:
+        sooner = 1.0 if watch.began == -math.inf and len(self._watches) >= MANY else EARLIER
         watch.began = self._clock()
-        watch.next = watch.began + self._settings.interval * (1 - EARLIER * self._rng.random())
+        watch.next = watch.began + self._settings.interval * (1 - sooner * self._rng.random())
+        if len(self._watches) >= MANY:
+            together = self._settings.interval * TOGETHER
+            watch.next = max(watch.began, watch.next // together * together)
         backend = watch.backend
         if backend.admin is Admin.MAINT:
             self._schedule(watch, watch.next)

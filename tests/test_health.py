@@ -530,6 +530,19 @@ def test_the_first_round_is_at_once_and_the_next_never_late(rounds, chance, due)
         run.reports(10)
 
 
+def test_many_backends_are_spread_over_the_interval_and_begin_in_groups(rounds):
+    """A thousand probes at once make requests wait, and so does a thread that wakes a thousand times."""
+    with refusing() as port:
+        backends = [backend_at(port, name=str(number)) for number in range(30)]
+        run = rounds(Reports(backends), HealthCheck(interval=2, timeout=1), 0.63)
+        run.reports(30)
+        for due, reports in (1000.7, 60), (1002.5, 90):  # of 1000 + 2 * 0.37, and of 1000.7 + 2 * 0.937
+            run.clock.now = due - 0.001
+            run.quiet(reports - 30)
+            run.clock.now = due + 0.001
+            run.reports(reports)
+
+
 def test_the_interval_counts_from_the_start_of_the_last_probe(rounds, gate):
     def handler(connection: Connection) -> None:
         connection.read_request()
