@@ -154,7 +154,7 @@ class Journal:
     echo       a stream that is given the events too, as text, not the exchanges
 
     The file is opened again when it was moved away or deleted. A disk that is full, a directory that vanished or a
-    terminal that was closed raise nothing: records wait, the oldest are dropped at last, and it is said on stderr when
+    terminal that was closed raise nothing: lines wait, the oldest are dropped at last, and it is said on stderr when
     the trouble begins and in the log when it is over. A terminal or a pipe that takes nothing stops the file too.
     """
 
