@@ -27,7 +27,7 @@ from fakes import Answer, FakeBackend, read_response
 from test_certificates import DATA
 from test_greeting import ADMIN, CLIENT, FRONT, NAMED, change, is_closed, lines, refusals, turn_around, who
 from test_http_mode import GET, OK, QUIET, Gate, at, leases_come_back, settled
-from test_identity import TRUSTED, of, request, statuses
+from test_identity import TRUSTED, of, request, statuses, told
 
 ME = "127.0.0.1"
 KILOBYTE, MEGABYTE = 1024, 1024 * 1024
@@ -366,6 +366,29 @@ def test_clients_of_one_proxy_have_a_rate_each(tmp_path: Path) -> None:
         assert ask(balancer).status == 200, "the proxy's own requests are counted by themselves"
     assert found == {client: [200] * 5 + [429] * 2 for client in clients}
     assert who(tmp_path)[:28] == [f"{client}:0" for client in clients for _ in range(7)]
+
+
+def test_requests_that_a_proxy_has_sent_before_are_judged_each_for_its_client(tmp_path: Path) -> None:
+    """That a head is known says what it means, and not that whoever sends it may."""
+    one, other, body = of("192.0.2.1"), of("192.0.2.2"), request("X-Forwarded-For: 192.0.2.2", "Content-Length: 2")
+    fine = b"HTTP/1.1 200 OK\r\nDate: Sat, 21 Nov 2026 05:00:00 GMT\r\nContent-Length: 2\r\n\r\nok"
+    limits = {"client_rate": 0.01, "client_burst": 5}
+    with limiting(tmp_path, fine, limits=limits, **TRUSTED) as (balancer, backend):
+        with connect(balancer) as sock:
+            assert statuses(sock, one, one, one, other, other, body + b"hi", body + b"ho", one) == [200] * 8
+            assert statuses(sock, one, one) == [200, 429]
+        assert [told(octets)["For"] for octets in backend.requests] == [
+            [f"192.0.2.{client}, {ME}"] for client in (1, 1, 1, 2, 2, 2, 2, 1, 1)
+        ]
+        assert backend.requests[5:7] == [backend.requests[5], backend.requests[5].replace(b"hi", b"ho")]
+    assert who(tmp_path) == [f"192.0.2.{client}:0" for client in (1, 1, 1, 2, 2, 2, 2, 1, 1, 1)]
+
+
+def test_what_is_no_request_is_not_logged_as_that_of_the_client_before(tmp_path: Path) -> None:
+    fine = b"HTTP/1.1 200 OK\r\nDate: Sat, 21 Nov 2026 05:00:00 GMT\r\nContent-Length: 2\r\n\r\nok"
+    with limiting(tmp_path, fine, **TRUSTED) as (balancer, _), connect(balancer) as sock:
+        assert statuses(sock, of("192.0.2.1"), of("192.0.2.1"), b"NOTHING\r\n\r\n") == [200, 200, 400]
+    assert [client.rpartition(":")[0] for client in who(tmp_path)] == ["192.0.2.1", "192.0.2.1", ME]
 
 
 def test_a_client_that_calls_itself_another_each_time_is_one(tmp_path: Path) -> None:
