@@ -1,6 +1,6 @@
 """TLS handshakes: waiting is the reactor's, what costs time to compute is done by a few threads of their own.
 
-A handshake reads by MSGPEEK and takes from the kernel only what it consumed: data behind its last flight is announced
+A handshake reads by MSG_PEEK and takes from the kernel only what it consumed: data behind its last flight is announced
 to whoever registers the descriptor next. While a thread computes, it owns the socket.
 
 Handshakes with clients are bounded in time and in number, counted from their first octet. When there are too many, the

@@ -1,6 +1,6 @@
 """TLS connections that are used like sockets.
 
-A `TlsStream` has the calls by which the rest uses a connection, with a socket's meaning: MSGDONTWAIT, MSGPEEK,
+A `TlsStream` has the calls by which the rest uses a connection, with a socket's meaning: MSG_DONTWAIT, MSG_PEEK,
 SO_RCVTIMEO and SO_SNDTIMEO, shutdown from another thread, half-closes, a reset by SO_LINGER. What differs:
 
 - `recv` returns everything that the ciphertext it took yields, which may be more than was asked for, so that nothing
@@ -13,7 +13,7 @@ The rules that keep this right:
 - One thread receives and one sends, as with any connection (DESIGN.md), but both work on one SSL object, which two
   threads must never enter at once. `_lock` guards that object, its buffers and everything about sending.
 - Records must leave in the order in which they were encrypted, and reading produces some, too: answers to key updates,
-  alerts. Who holds the lock may offer the kernel what is due by MSGDONTWAIT, which does not wait. A `send` that waits
+  alerts. Who holds the lock may offer the kernel what is due by MSG_DONTWAIT, which does not wait. A `send` that waits
   leaves the lock; while `_sending` says so, everybody else leaves what is due to that thread.
 - So whenever the lock is free and something is due, either `_sending` is true, or `_armed`: the reactor watches a
   duplicate of the descriptor until it is writable. (A duplicate, for the descriptor itself may be registered by its
@@ -113,7 +113,7 @@ class TlsStream:
         self._outgoing = outgoing  # ciphertext that it has produced; goes after `_due`
         self._lock = threading.Lock()
         # The receiver's.
-        self._found = b""  # by MSGPEEK
+        self._found = b""  # by MSG_PEEK
         self._ended = False
         self._problem: tuple[type[ConnectionResetError], str] | None = None  # unless it ended in peace
         # The lock's.
@@ -143,8 +143,8 @@ class TlsStream:
     def recv(self, size: int, flags: int = 0) -> bytes:
         """Take about `size` octets of ciphertext, and return all that they yield; b"" once the peer sent close_notify.
 
-        Raises BlockingIOError as a socket does; with MSGDONTWAIT also where what came was no data, or half a record.
-        Raises TlsTruncated, TlsBroken or another OSError where the connection is lost. What MSGPEEK found is kept for
+        Raises BlockingIOError as a socket does; with MSG_DONTWAIT also where what came was no data, or half a record.
+        Raises TlsTruncated, TlsBroken or another OSError where the connection is lost. What MSG_PEEK found is kept for
         the next call.
         """
         flags = int(flags)
@@ -229,7 +229,7 @@ class TlsStream:
     def send(self, data: bytes | memoryview, flags: int = 0) -> int:
         """Encrypt and send some of it, and return how much. A little of that may still be due.
 
-        Raises BlockingIOError where the kernel took nothing, neither of this nor of what was due. Without MSGDONTWAIT,
+        Raises BlockingIOError where the kernel took nothing, neither of this nor of what was due. Without MSG_DONTWAIT,
         0 means that it took some of what was due before the time of SO_SNDTIMEO was over.
         """
         if not int(flags) & DONTWAIT:
@@ -240,9 +240,16 @@ class TlsStream:
                 raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
             if self._due and not self._flush():
                 raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-            taken = self._encrypt(data)
-            while self._flush() and taken < size:
-                taken += self._encrypt(data[taken:])
+            taken = left = 0
+            try:
+                taken = self._encrypt(data)
+                while self._flush() and taken < size:
+                    left = taken
+                    taken += self._encrypt(data[taken:])
+            except OSError:
+                if not left:
+                    raise
+                return left  # the next call raises: an error says that nothing has left, so that it may go elsewhere
             return taken
 
     def _send_waiting(self, data: bytes | memoryview) -> int:

@@ -686,6 +686,28 @@ class Narrow:
         return self.sock.send(data[: self.takes], flags)
 
 
+class Doomed(Narrow):
+    """A socket that is lost once it has taken something."""
+
+    def send(self, data: bytes, flags: int = 0) -> int:
+        self.turns += 1
+        if self.turns > 1:
+            raise ConnectionResetError
+        return self.sock.send(data, flags)
+
+
+def test_a_send_that_raises_has_sent_nothing(house):
+    """As with a socket: whoever hears of an error may send all of it elsewhere. What is longer goes in pieces."""
+    stream, peer = house.accept()
+    result = in_thread(lambda: peer.read(65536))
+    stream._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    stream._sock = Doomed(stream._sock, 0)
+    assert stream.send(bytes(100_000), DONTWAIT) == 65536
+    assert result() == bytes(65536)
+    with pytest.raises(BrokenPipeError):
+        stream.send(bytes(100_000), DONTWAIT)
+
+
 def test_a_sender_that_only_gets_on_with_what_is_due_hears_so(house):
     stream, peer = house.accept()
 
