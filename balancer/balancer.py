@@ -435,6 +435,8 @@ class LoadBalancer:
         """Which backend each cookie stands for, on the reactor's thread."""
         sticky = self._front.sticky
         self._front.sticks = {sticky.value(backend): backend for backend in self.pool.backends} if sticky else {}
+        for session in self.listener.sessions if sticky else ():
+            session.configured()
 
     def _backend_left(self, backend: Backend) -> None:
         """The last that it had in hand has ended, on whichever thread that was."""

@@ -19,16 +19,17 @@ request is in `_up_first`; see `_may_repeat`.
 
 Nearly all exchanges are *plain*: the request was sent whole, nothing else has happened until the answer comes, and that
 comes whole. `_plain` says that the first half was so, and whatever else happens clears it; the second half are
-`_pass_on` and `_passed_on`, which do what the general case would do, and between them the answer is PASSING, in the
-reactor's outbox. `_known` is a client's last head, where nothing has to be thought of when it comes again, and
-`_known_octets` the length of such a request, or -1.
+`_pass_on` and `on_sent`, which do what the general case would do, and between them the answer is PASSING, in the
+reactor's outbox. What a plain exchange leaves behind, `_begin_head` clears, or the next plain one overwrites.
+
+A client mostly asks for the same again. `_known` is `_request` as it came, where nothing has to be thought of when that
+comes again; of one with a body, `_known_head` is its head and `_known_octets` its length. They are b"" and -1 else.
 """
 
 from __future__ import annotations
 
 import re
 import socket
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -106,8 +107,8 @@ class HttpSession:
         "_front",
         "_head_after",
         "_known",
+        "_known_head",
         "_known_octets",
-        "_known_request",
         "_number",
         "_octets_in",
         "_octets_out",
@@ -124,7 +125,6 @@ class HttpSession:
         "_source",
         "_state",
         "_status",
-        "_sticks",
         "_told",
         "_told_reason",
         "_tunnel",
@@ -156,8 +156,6 @@ class HttpSession:
         self._client = format_address(address[0], address[1])
         self._counted = False  # among the connections of its client
         self._reader = front.reader(self._peer)
-        self._known_octets = -1
-        self._sticks = front.sticks  # that `wanted` was found in
         self._reading = False  # is the client's descriptor registered?
         self._state = IDLE
         self._buffer = b""  # what came from the client and is not consumed: a head begun, or pipelined requests
@@ -171,18 +169,14 @@ class HttpSession:
         self._tunnel: Tunnel | None = None
         self._up_pump: Flow | None = None
         self._down_pump: Flow | None = None
-        self._request: Request | None = None
         self._begin_exchange()
+        self._begin_head()
 
     def _begin_exchange(self) -> None:
-        """Forget the last exchange."""
+        """Forget the last exchange, save for what was asked."""
         if self.tried:
             self.tried = []
-        if self._source is not self._address:
-            self._forget_source()
         self._plain = False
-        self._began = NEVER  # when the request's first octet was there
-        self._head_after = -1.0
         self._connected_after = -1.0
         self._answered_after = -1.0
         self._octets_in = 0
@@ -202,10 +196,22 @@ class HttpSession:
         self._told = False  # did we answer ourselves?
         self._close_framed = False  # does only the close tell the client where the answer's body ends?
 
-    def _forget_source(self) -> None:
-        """The next request may be another client's."""
-        self._source = self._address
-        self._client = format_address(*self._address)
+    def _begin_head(self) -> None:
+        """Forget what was asked: something else begins."""
+        self._request: Request | None = None
+        self._forget_known()
+        self._began = self._reactor.now  # when the request's first octet was there
+        self._head_after = -1.0
+        self.key = self._peer
+        self.wanted = None
+        if self._source is not self._address:
+            self._source = self._address
+            self._client = format_address(*self._address)
+
+    def _forget_known(self) -> None:
+        """Have the next request read, whatever it is."""
+        self._known = self._known_head = b""
+        self._known_octets = -1
 
     # ---- what the listener asks -------------------------------------------------------------------------------
 
@@ -224,7 +230,7 @@ class HttpSession:
 
     def drain(self) -> None:
         """Answer one more request at most, and say with its answer that it was the last."""
-        self._known_octets = -1
+        self._forget_known()
         if self._state is not IDLE:
             self._persistent = False
         elif not self._head_begun:
@@ -233,9 +239,7 @@ class HttpSession:
     def configured(self) -> None:
         """Read and judge the next request by the settings as they are now."""
         self._reader = self._front.reader(self._peer)
-        self._known_octets = -1
-        self.key = self._peer
-        self.wanted = None
+        self._forget_known()
 
     def kill(self) -> None:
         if self._tunnel is not None:
@@ -258,24 +262,23 @@ class HttpSession:
         except OSError:
             self._client_lost()
             return
-        known = len(data) == self._known_octets and data.startswith(self._known)
-        if known and self._state is IDLE and not self._buffer:
-            self._began = self._reactor.now
-            self._persistent = True
-            self._request = request = self._known_request
-            if self._front.guarded:
-                if not self._let_in(request):
-                    return
-            elif self._sticks is not self._front.sticks:
-                self._find_key(request)
-            if request.length:
-                self._up_first = data[len(self._known) :]
-                self._octets_in = request.length
-            self._ask(request)
+        if self._state is IDLE and not self._buffer and data:
+            if data == self._known:
+                self._began = self._reactor.now
+                self._ask_again()
+            elif len(data) == self._known_octets and data.startswith(self._known_head):
+                self._began = self._reactor.now
+                self._up_first = data[len(self._known_head) :]
+                self._octets_in = len(self._up_first)
+                self._ask_again()
+            else:
+                self._buffer = data
+                self._begin_head()
+                self._next_request()
         elif not data:
             self._client_ended()
         elif self._state is IDLE:
-            self._buffer = self._buffer + data if self._buffer else data
+            self._buffer += data
             self._next_request()
         elif self._up_body is not None:
             self._upload(data)
@@ -300,9 +303,9 @@ class HttpSession:
             data = b""
         if self._state is WAITING:
             answers = upstream.backend.answers
-            if self._plain and len(data) == answers.whole and data.startswith(answers.head):
+            if self._plain and len(data) == answers.whole and data.startswith(head := answers.head):
                 assert answers.answer is not None
-                self._pass_on(upstream, answers.answer, data[len(answers.head) :])
+                self._pass_on(upstream, answers.answer, data[len(head) :])
             elif data:
                 self._read_answer(data)
             else:
@@ -350,6 +353,9 @@ class HttpSession:
         """A bug: this exchange is lost, and nothing else is."""
         if self._state is CLOSED:
             return
+        if self._state is IDLE and not self._buffer:
+            self._begin_exchange()
+            self._begin_head()
         if self._tunnel is not None:
             self._tunnel.kill()
         elif self._state in (SEEKING, WAITING) and not self._octets_out:
@@ -363,9 +369,6 @@ class HttpSession:
         """Begin the exchange that the buffer begins with, if the head is whole."""
         if self._state is not IDLE:
             return
-        reactor = self._reactor
-        if self._began is NEVER:
-            self._began = reactor.now
         try:
             found = self._reader.read(self._buffer, self._seen)
         except HttpError as error:
@@ -378,10 +381,9 @@ class HttpSession:
         request, length = found
         rest = self._buffer[length:]  # which is empty for nearly all, and costs nothing then
         self._seen = 0
-        self._known_octets = -1
         self._request = request
-        self._persistent = request.persistent and not self._front.draining
         front = self._front
+        self._persistent = request.persistent and not front.draining
         if front.guarded and not self._let_in(request):
             return
         if request.length == 0:
@@ -394,18 +396,26 @@ class HttpSession:
             return
         if front.keyed and not front.guarded:
             self._find_key(request)
-        if self._persistent and request.length >= 0 and length <= REMEMBERED:
-            self._known, self._known_request = request.received, request
-            self._known_octets = len(request.received) + request.length
-        self._ask(request)
+        if self._persistent and length <= REMEMBERED:
+            if request.length == 0:
+                self._known = request.received
+            elif request.length > 0:
+                self._known_head = request.received
+                self._known_octets = len(request.received) + request.length
+        self._ask()
 
-    def _ask(self, request: Request) -> None:
+    def _ask_again(self) -> None:
+        """The last request has come once more."""
+        if self._front.guarded:
+            assert self._request is not None
+            if not self._let_in(self._request):
+                return
+        self._ask()
+
+    def _ask(self) -> None:
         """The request is there, with what had come of its body: find a backend for it."""
-        now = self._reactor.now
-        self._request = request
+        self._head_after = self._reactor.now - self._began
         self._state = SEEKING
-        self._head_after = now - self._began
-        self.deadline = NEVER
         upstream = self._front.upstreams.obtain(self)
         if upstream is not None:
             self.connected(upstream)
@@ -420,7 +430,7 @@ class HttpSession:
             self._source = source
             self._client = format_address(*source)
         self.key = client
-        refusal = admission.refusal(client, time.monotonic()) or admission.body_refusal(request)
+        refusal = admission.refusal(client, self._reactor.now) or admission.body_refusal(request)
         if refusal is not None:
             self._refuse(refusal, "PR")
         elif front.redirects_to is not None:
@@ -435,7 +445,6 @@ class HttpSession:
         """What the policy goes by, and which backend this client had before."""
         front = self._front
         self.key = self._source[0]
-        self._sticks = front.sticks
         if front.hash_on:
             head = request.head  # Host stands there only
             self.key = key_of(front.hash_on, request.target, head[head.index(b"\r\n") :]) or self.key
@@ -474,9 +483,9 @@ class HttpSession:
 
     def connected(self, upstream: Upstream) -> None:
         """There is a connection: send the head and what there is of the body."""
-        request, front = self._request, self._front
+        request, front, reactor = self._request, self._front, self._reactor
         assert request is not None
-        now = self._reactor.now
+        now = reactor.now
         self._upstream = upstream
         # Once octets of it have left it may not be sent again, so look before.
         sink = upstream.sock if request.idempotent or not upstream.reused else upstream
@@ -487,25 +496,25 @@ class HttpSession:
         self._state = WAITING
         if self._up_body is None:
             self.deadline = now + front.timeouts.server
-            self._plain = self._reading and not self._buffer and self.trail is None and request.plain
-            self._reactor.outbox.append((sink, data, self, False))
+            self._plain = request.plain and self._reading and not self._buffer and self.trail is None
+            reactor.outbox.append((sink, data, self, False))
             return
         self._plain = False
         self.deadline = now + (front.timeouts.server if self._waits_for_continue else front.timeouts.client)
         self._resume_reading()
-        self.on_sent(sink, send_now(sink, data))
+        rest = send_now(sink, data)
+        if rest != b"":
+            self.on_unsent(sink, rest)
 
-    def on_sent(self, sink: Sink, rest: bytes | None) -> None:
-        """A request, or a plain exchange's answer, was sent but for `rest`; None: nothing was, or will be."""
+    def on_unsent(self, sink: Sink, rest: bytes | None) -> None:
+        """A request, or a plain exchange's answer, was not sent whole; None: nothing was, or will be."""
         if self._state is PASSING:
             if rest is None:
                 self._client_lost()
-            elif rest:
-                self._pass_on_slowly(rest)
             else:
-                self._passed_on()
-        elif rest != b"" and self._upstream is not None and sink in (self._upstream, self._upstream.sock):
-            if rest:
+                self._pass_on_slowly(rest)
+        elif self._upstream is not None and sink in (self._upstream, self._upstream.sock):
+            if rest is not None:
                 self._pump_up(rest)
             elif self._upstream.reused:
                 self._renew(self._upstream)
@@ -660,33 +669,36 @@ class HttpSession:
 
     def _pass_on(self, upstream: Upstream, answer: Answer, body: bytes) -> None:
         """The answer of a plain exchange, all of which is here."""
-        now = self._reactor.now
-        self._answered_after = after = now - self._began
+        reactor = self._reactor
+        now = reactor.now
+        after = now - self._began
         upstream.backend.answered_in(after - self._connected_after, now)
+        self._answer = answer
         if after >= self._front.slow:
             assert self._request is not None
+            self._answered_after = after
             self._begin_answer(answer, self._request, body, 0)
             return
         self._state = PASSING
-        self._answer = answer
-        self._status = answer.status
         head = answer.plain if self._persistent else answer.closing
         if self._extra:
             head = b"%b%b\r\n" % (head[:-2], self._extra)
             self._extra = b""
-        self._reactor.outbox.append((self._sock, head + body, self, True))
+        reactor.outbox.append((self._sock, head + body, self, True))
 
-    def _passed_on(self) -> None:
+    def on_sent(self) -> None:
         """A plain exchange has ended: count it, log it, and be as before it. What `_complete` does, in less time."""
-        front, upstream, answer, request = self._front, self._upstream, self._answer, self._request
+        front, reactor = self._front, self._reactor
+        upstream, answer, request = self._upstream, self._answer, self._request
         assert upstream is not None
         assert answer is not None
         assert request is not None
-        backend, head, after = upstream.backend, self._head_after, self._answered_after
-        backend.tally.add(answer.status, self._octets_in, answer.length, after)
+        backend, now, head, octets_in = upstream.backend, reactor.now, self._head_after, self._octets_in
+        after = now - self._began
+        backend.tally.add(answer.status, octets_in, answer.length, after)
         front.record(
             (
-                time.time(),
+                reactor.wall,
                 self._client,
                 request.line,
                 answer.status,
@@ -700,7 +712,7 @@ class HttpSession:
                 "--",
                 1,
                 "",
-                self._octets_in,
+                octets_in,
                 len(front.sessions),
                 front.pool.in_hand,
                 backend.active,
@@ -712,32 +724,33 @@ class HttpSession:
             front.upstreams.keep(upstream)
         else:
             front.upstreams.discard(upstream)
-        if not self._plain or not self._persistent:
+        if self._plain and self._persistent:
+            self._state = IDLE
+            self._connected_after = -1.0
+            self.deadline = now + front.timeouts.client_idle
+            if octets_in:
+                self._octets_in = 0
+                self._up_first = b""
+        else:
             self._plain = False
             self._go_on(hasty=not self._buffer)
-            return
-        self._state = IDLE
-        self._status = 0
-        self._request = None
-        self._began = NEVER
-        self._head_after = self._connected_after = self._answered_after = -1.0
-        self.deadline = self._reactor.now + front.timeouts.client_idle
-        if self._up_first:
-            self._up_first = b""
-            self._octets_in = 0
-        if self._source is not self._address:
-            self._forget_source()
 
     def _pass_on_slowly(self, rest: bytes) -> None:
         """The client does not take all of a plain answer at once."""
-        answer = self._answer
-        assert answer is not None
-        self._plain = False
-        self._octets_out = answer.length
+        self._leave_plain()
+        assert self._answer is not None
+        self._octets_out = self._answer.length
         self._state = ANSWERING
         self._down_body = LengthBody(0)
         self._down_encode = as_is
         self._pump_down(rest, b"")
+
+    def _leave_plain(self) -> None:
+        """What was passed on as a plain exchange's answer is none: note what is noted of others."""
+        assert self._answer is not None
+        self._plain = False
+        self._status = self._answer.status
+        self._answered_after = self._reactor.now - self._began
 
     def _begin_answer(self, answer: Answer, request: Request, buffer: bytes, start: int) -> None:
         """The general case: work out both framings, and send the head and the body's beginning, `buffer[start:]`."""
@@ -780,7 +793,8 @@ class HttpSession:
         self._down_body = body
         self._down_turns = TURNS
         self._down_encode = encode
-        head = answer_head(answer, framing, request.minor, self._persistent, time.time(), self._request_id, self._extra)
+        now, name = self._reactor.wall, self._request_id
+        head = answer_head(answer, framing, request.minor, self._persistent, now, name, self._extra)
         self._send_down(b"".join((head, framed)))
 
     def _download(self, data: bytes) -> None:
@@ -963,8 +977,6 @@ class HttpSession:
         """Refuse what is no request. Nothing of it has reached a backend."""
         self._persistent = False
         self._code = code
-        if self._began is NEVER:
-            self._began = self._reactor.now
         self._answer_ourselves(error.status, error.reason, error.fields)
         self._end_exchange()
 
@@ -977,7 +989,7 @@ class HttpSession:
             reason,
             self._code,
             self._request_id,
-            time.time(),
+            self._reactor.wall,
             persistent=self._persistent,
             minor=request.minor if request else 1,
             body=request is None or request.method != b"HEAD",
@@ -996,6 +1008,8 @@ class HttpSession:
         """End the exchange in the middle. `who` is the first letter of its termination code."""
         if self._state is ENDING:
             return
+        if self._state is PASSING:
+            self._leave_plain()
         self._front.upstreams.cancel(self)
         self._code = who + _PHASES.get(self._state, "D")
         self._persistent = False
@@ -1044,11 +1058,11 @@ class HttpSession:
     def _rest(self) -> None:
         """Wait for the next request, or begin with the one that is there already."""
         self._state = IDLE
-        self._request = None
         self._begin_exchange()
         if not self._reading:
             self._resume_reading()
         if self._buffer:
+            self._begin_head()
             # Not from here: a client may have sent thousands of requests at once, each a level of recursion.
             self._reactor.defer(self._next_request)
         else:
@@ -1167,8 +1181,8 @@ class HttpSession:
 
     def _log(self) -> None:
         """Count the exchange, log it, and keep what there is to explain."""
-        front, request, upstream, trail = self._front, self._request, self._upstream, self.trail
-        total = self._reactor.now - self._began
+        front, reactor, request, upstream, trail = self._front, self._reactor, self._request, self._upstream, self.trail
+        total = reactor.now - self._began
         odd = self._code != "--" or trail is not None or self._answered_after >= front.slow
         if odd and not self._request_id:
             self._request_id = front.request_id()
@@ -1182,7 +1196,7 @@ class HttpSession:
         if trail is not None and trail.leased_at is not None:
             leased_after = trail.leased_at - self._began
         record = (
-            time.time(),
+            reactor.wall,
             self._client,
             request.line if request is not None else self._buffer.partition(b"\r\n")[0][:LONGEST_LOGGED],
             self._status,

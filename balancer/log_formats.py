@@ -86,7 +86,7 @@ def text_exchange(record: Exchange) -> str:
     ) = record  # fmt: skip
     what = f'"{_request(line)}" {status or "-"} {octets_out}' if line or status else f"tcp {octets_in}/{octets_out}"
     text = (
-        f"{_date(int(ended * 1000))} INFO {client} {what} backend={backend} {_tenths(int(total * 10_000 + 0.5))}ms "
+        f"{_date(ended)} INFO {client} {what} backend={backend} {_tenths(int(total * 10_000 + 0.5))}ms "
         f"code={code} tries={tries}"
     )
     return f"{text} id={_quotable(name).replace(' ', '_')}" if name else text
@@ -95,12 +95,13 @@ def text_exchange(record: Exchange) -> str:
 def text_event(event: Event) -> str:
     """One line for people: `2026-11-20 20:37:20.123 WARNING backend 1 is DOWN: L4CON refused, 3rd failure`."""
     moment, level, text = event
-    return f"{_date(int(moment * 1000))} {level.upper()} {_printable(text)}"
+    return f"{_date(moment)} {level.upper()} {_printable(text)}"
 
 
-@lru_cache(maxsize=16)
-def _date(milliseconds: int) -> str:
-    """Local time, `2026-11-20 20:37:20.123`."""
+@lru_cache(maxsize=4)
+def _date(moment: float) -> str:
+    """Local time, `2026-11-20 20:37:20.123`. What is logged in a row has mostly ended at the same moment."""
+    milliseconds = int(moment * 1000)
     return f"{_second(milliseconds // 1000)}.{milliseconds % 1000:03d}"
 
 

@@ -77,13 +77,13 @@ class Pool:
         lock = self._lock
         lock.acquire()  # `with` takes twice as long, and this is done for each request
         try:
-            candidates = self._candidates if not tried else self._available_locked(tried)
+            candidates = self._available_locked(tried) if tried else self._candidates
             if not candidates:
                 return None
             if wanted is not None and wanted.available and wanted not in tried:
                 backend = wanted
             else:
-                backend = candidates[0] if len(candidates) == 1 else self._pick(candidates, key)
+                backend = self._pick(candidates, key) if len(candidates) > 1 else candidates[0]
             backend.active = active = backend.active + 1
             backend.tally.sessions += 1
             self.in_hand += 1

@@ -11,7 +11,7 @@ One thread runs it, and everything registered here is called on that thread. Thr
 
 What handlers have to send may go to `outbox`, and is sent once all handlers of a batch have run: a processor that does
 the same thing many times in a row does it faster than one that does many things in turn (a tenth of all that a small
-request costs).
+request costs). For the same reason the clocks are read once for a batch, into `now` and `wall`.
 
 A handler that raises loses its own connection and nothing else: `owner.crashed(error)` is its chance to clean up.
 """
@@ -37,6 +37,8 @@ WRITE = 4  # EPOLLOUT
 
 NEVER = float("inf")
 
+MOST_EVENTS = 1023  # that one call of select.epoll's `poll` returns: with so many, more may be ready
+
 Handler = Callable[[int], None]  # is given the mask that is ready; where there is epoll, EPOLLERR and EPOLLHUP too
 
 
@@ -57,10 +59,13 @@ class Sink(Protocol):
 
 
 class Sender(Protocol):
-    """Who has something in the outbox."""
+    """Who has something in the outbox. Is told once all of the outbox has been offered."""
 
-    def on_sent(self, sink: Any, rest: bytes | None) -> None:
-        """It was sent but for `rest`; None: nothing was, the connection is lost. Called once all of the outbox was."""
+    def on_sent(self) -> None:
+        """All of it was sent."""
+
+    def on_unsent(self, sink: Any, rest: bytes | None) -> None:
+        """So much of it was not; None: nothing was, the connection is lost."""
 
 
 def send_now(sink: Sink, data: bytes) -> bytes | None:
@@ -135,11 +140,13 @@ class Reactor:
         self._bell, self._bell_button = socket.socketpair()
         self._bell.setblocking(False)
         self._bell_button.setblocking(False)
-        self.outbox: list[tuple[Sink, bytes, Sender, bool]] = []  # told in any case, or where something is left?
+        self.outbox: list[tuple[Sink, bytes, Sender, bool]] = []  # is it told, too, when all of it was sent?
         self.handlers: dict[int, Handler] = {}  # change an entry to hand a descriptor to another handler
         self.timed: set[Timed] = set()
-        self.ready: dict[int, int] = {}  # descriptors of the current batch whose handlers were not called yet
+        self.ready: dict[int, int] = {}  # the descriptors of the current batch
+        self._looked = False  # are they those that were found ready for the current outbox?
         self.now = clock()  # the clock, as it stood when the current batch began
+        self.wall = time.time()  # and the time of day: seconds since the epoch
         self.add(self._bell.fileno(), READ, self._bell_rang)
 
     def add(self, fd: int, mask: int, handler: Handler) -> None:
@@ -186,6 +193,13 @@ class Reactor:
         except OSError:
             return  # the reactor has ended, and what was asked for has nobody to do it
 
+    def may_be_ready(self, fd: int) -> bool:
+        """May something have come on this descriptor? The system is asked when an outbox wants to know first."""
+        if not self._looked:
+            self._looked = True
+            self.ready = dict(self._poller.poll(0))
+        return fd in self.ready or len(self.ready) >= MOST_EVENTS
+
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="reactor")
         self._thread.start()
@@ -206,6 +220,7 @@ class Reactor:
     def _run(self) -> None:
         poll = self._poller.poll
         clock = self._clock
+        wall = time.time
         handlers = self.handlers
         next_sweep = clock() + self.tick
         while not self._stopped:
@@ -216,16 +231,17 @@ class Reactor:
             else:
                 events = poll(None)  # nothing has a deadline: sleep until something happens
             self.now = now = clock()
-            ready = self.ready = dict(events)
+            self.wall = wall()
+            self.ready = dict(events)
+            self._looked = False
             for fd, mask in events:
-                ready.pop(fd, None)
                 handler = handlers.get(fd)
-                if handler is None:
-                    continue
-                try:  # as in `call`, without the cost of calling that
-                    handler(mask)
-                except Exception as error:
-                    self._crashed(handler, error)
+                if handler is not None:
+                    try:  # as in `call`, without the cost of calling that
+                        handler(mask)
+                    except Exception as error:
+                        self._crashed(handler, error)
+            self.ready = {}
             if self.outbox:
                 self._send_out()
             if self._calls:
@@ -261,26 +277,30 @@ class Reactor:
         """Send what is in the outbox, and then tell those whose it was, who may fill it again."""
         while self.outbox:
             outbox, self.outbox = self.outbox, []
-            rests: list[bytes | None] = []
-            for sink, data, sender, _ in outbox:  # `send_now`, without the cost of calling that
+            self._looked = False
+            sent_all: list[Sender] = []
+            sent_some: list[tuple[Sender, Sink, bytes | None]] = []
+            for sink, data, sender, wants_to_know in outbox:  # `send_now`, without the cost of calling that
                 try:
                     sent = sink.send(data, DONTWAIT)
                 except BlockingIOError:
-                    sent = 0
+                    sent_some.append((sender, sink, data))
                 except OSError:
-                    rests.append(None)
-                    continue
+                    sent_some.append((sender, sink, None))
                 except Exception as error:
-                    rests.append(b"")
+                    self._crashed(sender.on_unsent, error)
+                else:
+                    if sent < len(data):
+                        sent_some.append((sender, sink, data[sent:]))
+                    elif wants_to_know:
+                        sent_all.append(sender)
+            for sender in sent_all:
+                try:
+                    sender.on_sent()
+                except Exception as error:
                     self._crashed(sender.on_sent, error)
-                    continue
-                rests.append(b"" if sent == len(data) else data[sent:])
-            for (sink, _, sender, wants_to_know), rest in zip(outbox, rests):  # noqa: B905 - one for each
-                if wants_to_know or rest != b"":
-                    try:
-                        sender.on_sent(sink, rest)
-                    except Exception as error:
-                        self._crashed(sender.on_sent, error)
+            for sender, sink, rest in sent_some:
+                self.call(sender.on_unsent, sink, rest)
 
     def _crashed(self, function: Callable[..., None], error: Exception) -> None:
         method = getattr(function, "func", function)  # what a partial stands for

@@ -20,7 +20,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,8 +42,6 @@ MOST_IDLE = 1024  # idle connections kept for one backend
 RETRY_PAUSE = 0.25  # seconds
 
 _LOOK = PEEK | DONTWAIT
-_STATE: int | None = getattr(socket, "TCP_INFO", None) if sys.platform == "linux" else None  # begins with the state
-_ESTABLISHED = b"\1"
 
 # Failures of ours, which no other backend would be spared.
 _NO_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE))
@@ -93,12 +90,6 @@ class Upstream:
         self.reused = False
         self.deadline = NEVER
 
-    def _is_closed(self) -> bool:
-        """Has the backend closed it? To ask for its state costs half of an exception that says there is no data."""
-        if _STATE is None or not isinstance(self.sock, socket.socket):
-            return self.is_stale()
-        return self.sock.getsockopt(socket.IPPROTO_TCP, _STATE, 1) != _ESTABLISHED
-
     def is_stale(self) -> bool:
         """Has the backend closed it, or said something that nobody asked for?"""
         try:
@@ -111,7 +102,7 @@ class Upstream:
 
     def send(self, data: bytes, flags: int) -> int:
         """Send, after a look whether the backend has closed the connection; ConnectionResetError where it has."""
-        if self._is_closed():
+        if self._owner.reactor.may_be_ready(self.fd) and self.is_stale():
             raise ConnectionResetError
         return self.sock.send(data, flags)
 
@@ -297,13 +288,16 @@ class Upstreams:
     def obtain(self, seeker: Seeker) -> Upstream | None:
         """An idle connection to the backend that is next, or None: see the head of this file."""
         backend = self._pool.lease(seeker.key, seeker.tried, seeker.wanted)
+        if backend is not None:
+            upstream = self._take_idle(seeker, backend)
+            if upstream is not None:
+                return upstream
+        seeker.deadline = NEVER
         if backend is None:
             self._wait(seeker, None)
-            return None
-        upstream = self._take_idle(seeker, backend) if backend.idle else None
-        if upstream is None:
+        else:
             self._open(seeker, backend)
-        return upstream
+        return None
 
     def renew(self, seeker: Seeker, stale: Upstream) -> None:
         """Replace a kept connection that turned out to be closed by a fresh one to the same backend."""
@@ -329,16 +323,18 @@ class Upstreams:
 
     def keep(self, upstream: Upstream) -> None:
         """Its exchange is over, and it may serve another."""
-        reactor, backend = self.reactor, upstream.backend
-        idle = backend.idle
-        # One that was begun with a PROXY header is for one client only.
-        fits = upstream.epoch == backend.epoch and not backend.send_proxy and len(idle) < MOST_IDLE
-        # What `eligible` says, without the cost of calling that.
-        if fits and backend.healthy and backend.admin is READY and not backend.leaving:
+        backend = upstream.backend
+        if (
+            backend.healthy and backend.admin is READY and not backend.leaving  # `eligible`, without a call
+            and upstream.epoch == backend.epoch
+            and not backend.send_proxy  # one that was begun with a PROXY header is for one client only
+            and len(backend.idle) < MOST_IDLE
+        ):  # fmt: skip
+            reactor = self.reactor
+            reactor.handlers[upstream.fd] = upstream.on_idle
             upstream.reused = True
             upstream.deadline = reactor.now + KEEP_IDLE
-            reactor.handlers[upstream.fd] = upstream.on_idle
-            idle.append(upstream)
+            backend.idle.append(upstream)
         else:
             self._close(upstream)
         self._pool.release(backend)
@@ -488,15 +484,14 @@ class Upstreams:
 
     def _take_idle(self, seeker: Seeker, backend: Backend) -> Upstream | None:
         """The newest idle connection on which nothing has happened: an answer to nothing must not become anybody's."""
-        reactor, idle = self.reactor, backend.idle
-        while idle:
-            upstream: Upstream = idle.pop()
+        reactor = self.reactor
+        while backend.idle:
+            upstream: Upstream = backend.idle.pop()
             fd = upstream.fd
-            if upstream.epoch != backend.epoch or (fd in reactor.ready and upstream.is_stale()):
-                self._close(upstream)
-                continue
-            reactor.handlers[fd] = seeker.on_backend
-            return upstream
+            if upstream.epoch == backend.epoch and (fd not in reactor.ready or not upstream.is_stale()):
+                reactor.handlers[fd] = seeker.on_backend
+                return upstream
+            self._close(upstream)
         return None
 
     def _open(self, seeker: Seeker, backend: Backend) -> None:

@@ -539,7 +539,9 @@ def test_a_lease_whose_connection_was_renewed_in_vain_is_given_back_once(tmp_pat
             client.sendall(GET)
             assert read_response(file).status == 200
             eventually(lambda: balancer.upstreams.idle == 1, "the connection is kept")
-            monkeypatch.setattr(Upstream, "_is_closed", lambda upstream: True)  # closed just before it is looked at
+            # Closed just before it is sent to.
+            monkeypatch.setattr(balancer.reactor, "may_be_ready", lambda fd: True)
+            monkeypatch.setattr(Upstream, "is_stale", lambda upstream: True)
             balancer.pool.backends[0].endpoints = ()  # and no other can be opened
             client.sendall(POST)
             assert read_response(file).status == 503

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from balancer import reactor as reactor_module
 from balancer.reactor import DONTWAIT, NEVER, READ, WRITE, Reactor
 from conftest import PATIENCE, eventually
 
@@ -319,15 +320,21 @@ class Sink:
 
 
 class Sender(Owner):
-    """Is told what was not sent, and then does what it was made for."""
+    """Is told what became of it, and then does what it was made for."""
 
     def __init__(self, events: list[object], then: Callable[[], object] = lambda: None) -> None:
         super().__init__()
         self.events = events
         self.then = then
 
-    def on_sent(self, sink: Any, rest: bytes | None) -> None:
-        self.events.append((sink, rest))
+    def on_sent(self) -> None:
+        self._note(self)
+
+    def on_unsent(self, sink: Any, rest: bytes | None) -> None:
+        self._note((sink, rest))
+
+    def _note(self, event: object) -> None:
+        self.events.append(event)
         self.called.set()
         self.then()
 
@@ -356,7 +363,7 @@ def test_the_outbox_is_sent_in_its_order_after_all_handlers_of_the_batch(loop, b
     loop.do(lambda: [loop.reactor.add(fd, READ, partial(handle, fd)) for fd in both_ready])
     eventually(lambda: len(events) == 10, "everything")
     assert events[:6] == ["handler", "handler", b"1 of 1", b"2 of 1", b"1 of 2", b"2 of 2"]
-    assert events[6:] == [(sink, b"")] * 4
+    assert events[6:] == [sender] * 4
 
 
 @pytest.mark.parametrize(
@@ -368,11 +375,13 @@ def test_the_outbox_is_sent_in_its_order_after_all_handlers_of_the_batch(loop, b
 def test_who_sends_is_told_what_is_left_and_that_nothing_is_only_if_it_asks(loop, takes, rest, asks):
     """And what becomes of one concerns nobody else."""
     events: list[object] = []
-    sink, other, sender = Sink(events, takes), Sink(events), Sender(events)
-    loop.do(lambda: loop.reactor.outbox.extend([(sink, b"hello", sender, asks), (other, b"there", sender, True)]))
-    told = [(sink, rest)] if asks or rest != b"" else []
+    sink, other, sender, second = Sink(events, takes), Sink(events), Sender(events), Sender(events)
+    loop.do(lambda: loop.reactor.outbox.extend([(sink, b"hello", sender, asks), (other, b"there", second, True)]))
+    told = [(sink, rest)] if rest != b"" else [sender] * asks
     loop.do(lambda: None)
-    assert events == [b"hello", b"there", *told, (other, b"")]
+    assert events[:2] == [b"hello", b"there"]
+    assert len(events) == 3 + len(told)
+    assert all(event in events for event in [*told, second])
 
 
 def test_a_real_socket_takes_what_it_has_room_for(loop, pair):
@@ -421,7 +430,7 @@ def test_what_comes_of_sending_is_sent_before_the_next_batch(loop, pair):
 
     loop.do(lambda: loop.reactor.add(ours.fileno(), READ, handle))
     eventually(lambda: "next batch" in events, "the next batch")
-    assert events == [b"1", (sink, b""), b"2", (sink, b""), b"3", "next batch"]
+    assert events == [b"1", first, b"2", second, b"3", "next batch"]
 
 
 @pytest.mark.parametrize("by", ["call_soon", "defer", "expired"])
@@ -460,7 +469,45 @@ def test_each_call_has_sent_what_it_had_to_send_when_the_next_one_is_made(loop):
 
     loop.do(lambda: [loop.reactor.defer(fill, data) for data in (b"1", b"2")])
     loop.do(lambda: None)
-    assert events == [b"1", (sink, b""), b"2", (sink, b"")]
+    assert events == [b"1", sender, b"2", sender]
+
+
+def test_who_is_about_to_send_may_ask_what_has_come_since_the_batch_began(loop, pair):
+    """And the system is asked once for all of an outbox."""
+    ours, theirs = pair
+    seen: list[bool] = []
+
+    class Careful(Sink):
+        def send(self, data: bytes, flags: int) -> int:
+            seen.append(loop.reactor.may_be_ready(ours.fileno()))
+            theirs.send(b"x")
+            return super().send(data, flags)
+
+    sink, last = Careful([]), Sender([])
+    second = Sender([], then=lambda: loop.reactor.outbox.append((sink, b"3", last, True)))
+    loop.do(lambda: loop.reactor.add(ours.fileno(), READ, lambda mask: ours.recv(100)))
+    loop.do(lambda: loop.reactor.outbox.extend([(sink, b"1", last, False), (sink, b"2", second, True)]))
+    assert last.called.wait(PATIENCE)
+    assert seen == [False, False, True]
+
+
+def test_where_as_much_is_ready_as_can_be_told_anything_may_be(loop, pair, monkeypatch):
+    monkeypatch.setattr(reactor_module, "MOST_EVENTS", 1)
+    ours, theirs = pair
+    asked: list[bool] = []
+
+    def ask() -> None:
+        asked.append(loop.reactor.may_be_ready(-1))
+
+    def handle(mask: int) -> None:
+        ask()
+        ours.recv(1)
+
+    loop.do(ask)
+    loop.do(lambda: loop.reactor.add(ours.fileno(), READ, handle))
+    theirs.send(b"x")
+    eventually(lambda: len(asked) == 2, "the byte is there")
+    assert asked == [False, True]
 
 
 def test_a_last_call_sends_what_it_has_to_send(portable):

@@ -286,12 +286,17 @@ def test_nothing_is_sent_to_a_backend_that_has_closed(scene):
     scene.set_up(listener)
     upstream = scene.connection()
     backend = scene.accept(listener)
-    assert upstream.send(b"hello", DONTWAIT) == 5
+    assert scene.do(upstream.send, b"hello", DONTWAIT) == 5
     assert backend.recv(100) == b"hello"
     backend.shutdown(socket.SHUT_WR)
     eventually(upstream.is_stale)
-    with pytest.raises(ConnectionResetError):
-        upstream.send(b"again", DONTWAIT)
+
+    def send_again() -> None:
+        with pytest.raises(ConnectionResetError):
+            upstream.send(b"again", DONTWAIT)
+
+    scene.do(send_again)
+    assert scene.errors == []
     give_back(scene, upstream)
     assert backend.recv(100) == b""
 
