@@ -265,12 +265,14 @@ class HttpSession:
         if self._state is IDLE and not self._buffer and data:
             if data == self._known:
                 self._began = self._reactor.now
-                self._ask_again()
+                if not self._front.guarded or self._let_in():
+                    self._ask()
             elif len(data) == self._known_octets and data.startswith(self._known_head):
                 self._began = self._reactor.now
                 self._up_first = data[len(self._known_head) :]
                 self._octets_in = len(self._up_first)
-                self._ask_again()
+                if not self._front.guarded or self._let_in():
+                    self._ask()
             else:
                 self._buffer = data
                 self._begin_head()
@@ -301,12 +303,12 @@ class HttpSession:
                 self._cut("S")
                 return
             data = b""
-        if self._state is WAITING:
-            answers = upstream.backend.answers
-            if self._plain and len(data) == answers.whole and data.startswith(head := answers.head):
-                assert answers.answer is not None
-                self._pass_on(upstream, answers.answer, data[len(head) :])
-            elif data:
+        answers = upstream.backend.answers
+        if self._plain and len(data) == answers.whole and data.startswith(head := answers.head):
+            assert answers.answer is not None
+            self._pass_on(upstream, answers.answer, data[len(head) :])
+        elif self._state is WAITING:
+            if data:
                 self._read_answer(data)
             else:
                 self._no_answer()
@@ -384,7 +386,7 @@ class HttpSession:
         self._request = request
         front = self._front
         self._persistent = request.persistent and not front.draining
-        if front.guarded and not self._let_in(request):
+        if front.guarded and not self._let_in():
             return
         if request.length == 0:
             self._buffer = rest
@@ -404,14 +406,6 @@ class HttpSession:
                 self._known_octets = len(request.received) + request.length
         self._ask()
 
-    def _ask_again(self) -> None:
-        """The last request has come once more."""
-        if self._front.guarded:
-            assert self._request is not None
-            if not self._let_in(self._request):
-                return
-        self._ask()
-
     def _ask(self) -> None:
         """The request is there, with what had come of its body: find a backend for it."""
         self._head_after = self._reactor.now - self._began
@@ -420,9 +414,10 @@ class HttpSession:
         if upstream is not None:
             self.connected(upstream)
 
-    def _let_in(self, request: Request) -> bool:
+    def _let_in(self) -> bool:
         """Find out who the client is, and whether it may ask for this. False where it was refused."""
-        front = self._front
+        front, request = self._front, self._request
+        assert request is not None
         admission = front.admission
         client = admission.client(self._peer, request)
         source = self._address if client == self._peer else (client, 0)  # of its port the proxy says nothing
@@ -783,6 +778,7 @@ class HttpSession:
         except FramingError as error:
             self._fail(502, "PH", f"in the answer of backend {self._backend_id}: {error}")
             return
+        self._plain = False
         self._answer = answer
         self._status = answer.status
         self._state = ANSWERING

@@ -19,9 +19,8 @@ import math
 import random
 import time
 from bisect import bisect
-from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Protocol
 
@@ -52,16 +51,15 @@ class RoundRobin:
     def __init__(self) -> None:
         self._seen: Candidates | None = None
         self._heap: list[tuple[int, int, Backend]] = []
-        self._ring: deque[Backend] = deque()  # in place of the heap, where all strides are `_stride`
-        self._stride = 0
+        self._next: Callable[[], Backend] | None = None  # round a ring, where all strides are equal: no heap is needed
+        self._stride = 0  # all of them
         self._now = 0
 
     def pick(self, candidates: Candidates, client: str) -> Backend:
         if candidates is not self._seen:
             self._arrange(candidates)
-        if self._ring:
-            backend = self._ring[0]
-            self._ring.rotate(-1)
+        if self._next is not None:
+            backend = self._next()
             backend.turn += self._stride
             return backend
         turn, place, backend = self._heap[0]
@@ -81,10 +79,9 @@ class RoundRobin:
         self._heap.sort()
         self._stride = self.STRIDE // candidates[0].weight
         regular = all(backend.weight == candidates[0].weight for backend in candidates)
+        self._next = None
         if regular and self._heap[-1][0] - self._heap[0][0] <= self._stride:
-            self._ring = deque(backend for _, _, backend in self._heap)
-        else:
-            self._ring.clear()
+            self._next = cycle([backend for _, _, backend in self._heap]).__next__
         self._seen = candidates
 
 

@@ -83,7 +83,7 @@ class Pool:
             if wanted is not None and wanted.available and wanted not in tried:
                 backend = wanted
             else:
-                backend = self._pick(candidates, key) if len(candidates) > 1 else candidates[0]
+                backend = self._pick(candidates, key)
             backend.active = active = backend.active + 1
             backend.tally.sessions += 1
             self.in_hand += 1

@@ -26,6 +26,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, Protocol
 
 # Plain numbers: to combine members of the enumeration that these are of takes a microsecond.
@@ -40,6 +41,9 @@ NEVER = float("inf")
 MOST_EVENTS = 1023  # that one call of select.epoll's `poll` returns: with so many, more may be ready
 
 Handler = Callable[[int], None]  # is given the mask that is ready; where there is epoll, EPOLLERR and EPOLLHUP too
+
+
+_descriptor = itemgetter(0)  # of what a poller returns
 
 
 class Timed(Protocol):
@@ -143,7 +147,7 @@ class Reactor:
         self.outbox: list[tuple[Sink, bytes, Sender, bool]] = []  # is it told, too, when all of it was sent?
         self.handlers: dict[int, Handler] = {}  # change an entry to hand a descriptor to another handler
         self.timed: set[Timed] = set()
-        self.ready: dict[int, int] = {}  # the descriptors of the current batch
+        self.ready: set[int] = set()  # the descriptors of the current batch
         self._looked = False  # are they those that were found ready for the current outbox?
         self.now = clock()  # the clock, as it stood when the current batch began
         self.wall = time.time()  # and the time of day: seconds since the epoch
@@ -197,7 +201,7 @@ class Reactor:
         """May something have come on this descriptor? The system is asked when an outbox wants to know first."""
         if not self._looked:
             self._looked = True
-            self.ready = dict(self._poller.poll(0))
+            self.ready = set(map(_descriptor, self._poller.poll(0)))
         return fd in self.ready or len(self.ready) >= MOST_EVENTS
 
     def start(self) -> None:
@@ -222,17 +226,18 @@ class Reactor:
         clock = self._clock
         wall = time.time
         handlers = self.handlers
-        next_sweep = clock() + self.tick
+        now = clock()
+        next_sweep = now + self.tick
         while not self._stopped:
             if self._calls:
                 events = poll(0)
             elif self.timed:
-                events = poll(max(0.0, next_sweep - clock()))
+                events = poll(next_sweep - now)
             else:
                 events = poll(None)  # nothing has a deadline: sleep until something happens
             self.now = now = clock()
             self.wall = wall()
-            self.ready = dict(events)
+            self.ready = set(map(_descriptor, events))
             self._looked = False
             for fd, mask in events:
                 handler = handlers.get(fd)
@@ -241,7 +246,7 @@ class Reactor:
                         handler(mask)
                     except Exception as error:
                         self._crashed(handler, error)
-            self.ready = {}
+            self.ready = set()
             if self.outbox:
                 self._send_out()
             if self._calls:
