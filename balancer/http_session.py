@@ -18,9 +18,9 @@ A request is sent again, to the same or another backend, only while nothing of a
 request is in `_up_first`; see `_may_repeat`.
 
 Nearly all exchanges are *plain*: the request was sent whole, nothing else has happened until the answer comes, and that
-comes whole. `_plain` says that the first half was so, and whatever else happens clears it; the second half are
-`_pass_on` and `on_sent`, which do what the general case would do, and between them the answer is PASSING, in the
-reactor's outbox. What a plain exchange leaves behind, `_begin_head` clears, or the next plain one overwrites.
+comes whole. `_plain` says that it is so up to now, and whatever else happens clears it; the second half are `_pass_on`
+and `on_sent`, which do what the general case would do, and between them the answer is PASSING, in the reactor's outbox.
+What it leaves behind, `_begin_head` clears, or the next one that is known overwrites.
 
 A client mostly asks for the same again. `_known` is `_request` as it came, where nothing has to be thought of when that
 comes again; of one with a body, `_known_head` is its head and `_known_octets` its length. They are b"" and -1 else.
@@ -176,7 +176,7 @@ class HttpSession:
         """Forget the last exchange, save for what was asked."""
         if self.tried:
             self.tried = []
-        self._plain = False
+        self._plain = True
         self._connected_after = -1.0
         self._answered_after = -1.0
         self._octets_in = 0
@@ -398,7 +398,8 @@ class HttpSession:
             return
         if front.keyed and not front.guarded:
             self._find_key(request)
-        if self._persistent and length <= REMEMBERED:
+        self._plain = request.plain and not self._buffer
+        if self._plain and self._persistent and length <= REMEMBERED:
             if request.length == 0:
                 self._known = request.received
             elif request.length > 0:
@@ -491,7 +492,8 @@ class HttpSession:
         self._state = WAITING
         if self._up_body is None:
             self.deadline = now + front.timeouts.server
-            self._plain = request.plain and self._reading and not self._buffer and self.trail is None
+            if self.trail is not None:
+                self._plain = False
             reactor.outbox.append((sink, data, self, False))
             return
         self._plain = False

@@ -104,7 +104,7 @@ class Pool:
             self.in_hand -= 1
             if self._released is not None:
                 self._released(backend)
-            if active == backend.max_connections - 1:
+            if backend.max_connections and active == backend.max_connections - 1:
                 self._find_candidates_locked()
         finally:
             lock.release()
