@@ -13,15 +13,16 @@ The rules that keep two readers of the same octets from seeing different message
 - a request's field whose name is that of one of these but for the signs between its words, like Content_Length or
   X_Forwarded_For, is dropped: behind CGI and its heirs, which spell every sign as "_", it would be taken for the other.
 
-On a kept-alive connection the next head is nearly always the last one again; if not, its fields are, or all but one;
-and if not, most of its lines were seen before. Each is remembered with what came of it: comparing and looking up are
-quick where parsing is not.
+On a kept-alive connection the next head is nearly always the last one again; if not, it is mostly like one of the last
+but for its target and the value of one field; and if not, most of its lines were seen before. Each is remembered with
+what came of it: comparing and looking up are quick where parsing is not.
 What a head means depends on nothing but its octets and the reader's settings, so that a copy of it means the same.
 """
 
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterable, Sequence, Set
 from email.utils import formatdate
 from http import HTTPStatus
@@ -43,6 +44,7 @@ _FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
 _BLOCK = re.compile(rb"(?:\r\n" + _TOKEN + rb":[^\r]*)*\r\n")
 _TEXT = bytes((0x09, *range(0x20, 0x7F), *range(0x80, 0x100)))  # the octets of a field's value
+_PRINTED = bytes(octet for octet in range(0x20, 0x7F) if octet != 0x23)  # the octets of a target, and the space
 _ANY_FIELD = re.compile(rb"\r\n([^:]+):[^\r]*")
 # The fields of an answer that mean something to us begin with these letters; a look in a table tells which they are.
 # Common ones that mean nothing are passed over by what follows, which is faster than the look.
@@ -92,12 +94,13 @@ class BadAnswer(HttpError):
 class HeadLimits:
     """Bounds of one head: octets in all, octets of the first line, number of fields."""
 
-    __slots__ = ("fields", "head", "line")
+    __slots__ = ("fields", "head", "line", "short")
 
     def __init__(self, head: int = 65536, line: int = 16384, fields: int = 128) -> None:
         self.head = head
         self.line = line
         self.fields = fields
+        self.short = min(head, line, REMEMBERED)  # octets of a head that is remembered, and breaks neither of the two
 
 
 class Request:
@@ -105,7 +108,6 @@ class Request:
 
     __slots__ = (
         "expect",
-        "fields",
         "forwarded_for",
         "head",
         "idempotent",
@@ -126,7 +128,6 @@ class Request:
     line: bytes  # the request line as it came, for the log
     minor: int  # of the client's HTTP/1.x
     head: bytes  # for the backend, complete with its empty line
-    fields: bytes  # those that go on unchanged, each after its CRLF, and the last one before one
     length: int  # octets of the body, or CHUNKED
     persistent: bool  # may the connection stay after this exchange?
     expect: bool  # waits for 100 (Continue)
@@ -134,6 +135,32 @@ class Request:
     idempotent: bool
     plain: bool  # may its answer be passed on as it is, head and body?
     forwarded_for: bytes  # X-Forwarded-For as it came, where the peer is trusted to know
+
+    @property
+    def fields(self) -> bytes:
+        """Those that the backend is sent, each after its CRLF, and the last one before two."""
+        return self.head[self.head.index(b"\r\n") :]
+
+
+class _Mould:
+    """What heads have in common that differ in nothing but the target, a path, and the value of one field.
+
+    That field is one that goes on as it came and has no other meaning to us. Such a head is `start`, the rest of the
+    target, a space, `before`, the value, `after`. A backend is sent the method, the target, `sent_before`, the value,
+    `sent_after`. What else there is to say of one is said of all.
+    """
+
+    __slots__ = ("after", "at", "before", "first", "sent_after", "sent_before", "slot", "start", "varies")
+
+    start: bytes  # method, space and slash
+    before: bytes  # from the version to the colon before the value
+    after: bytes  # from the CRLF behind the value to the end of the head
+    at: int  # where the value begins, counted from the version
+    slot: slice  # where it is
+    varies: bool  # is there such a field at all? If not, an empty value stands before the empty line
+    sent_before: bytes
+    sent_after: bytes
+    first: Request  # of such a head
 
 
 class _Meaning:
@@ -212,23 +239,18 @@ class RequestReader:
     written too.
     """
 
+    MOULDS = 4
+    """Several browsers may share an address, and one may take turns between methods."""
+
     __slots__ = (
-        "_after",
         "_authority",
-        "_before",
-        "_block",
-        "_claims",
+        "_blocks",
         "_client",
-        "_ending",
-        "_ending_minor",
-        "_fields",
-        "_fields_after",
-        "_fields_before",
         "_forwarded",
         "_known",
         "_last",
         "_limits",
-        "_meaning",
+        "_moulds",
         "_proto",
         "_request",
         "_suffix",
@@ -260,16 +282,8 @@ class RequestReader:
         )
         self._last: bytes | tuple[()] = ()  # the last head; nothing begins with one of none
         self._request: Request | None = None
-        self._block = b""  # the last block of fields
-        self._fields = b""  # what of it goes on unchanged
-        self._meaning: _Meaning | None = None
-        self._claims: dict[bytes, bytes] = {}  # what it says of who asks whom, where that is believed
-        self._ending_minor = -1  # the minor version for which `_ending` was made of `_meaning`
-        self._ending = b""
-        # A block that differs from the last in one line's value, a plain one's: what stands around that value in the
-        # block, and in what goes on of it.
-        self._before = self._after = b""
-        self._fields_before = self._fields_after = b""
+        self._moulds: tuple[_Mould, ...] = ()  # the youngest first
+        self._blocks: deque[int] = deque(maxlen=self.MOULDS)  # hashes of the last blocks of which no mould was made
 
     def read(self, buffer: bytes, seen: int = 0) -> tuple[Request, int] | None:
         """The request at the buffer's beginning and the length of its head; None while it is not complete.
@@ -278,28 +292,55 @@ class RequestReader:
         """
         if buffer.startswith(self._last):
             return self._request, len(self._last)  # type: ignore[return-value]
+        request = self._of_a_mould(buffer)  # which is mostly one head and no more
+        if request is not None:
+            return request, len(buffer)
         start = 2 if buffer.startswith(b"\r\n") else 0  # RFC 9112 section 2.2: one empty line is skipped
         end = buffer.find(b"\r\n\r\n", max(start, seen - 3))
         if end < 0:
             self._check_unfinished(buffer, start, seen)
             return None
         head = buffer[start : end + 4]
-        if len(head) > REMEMBERED:
-            try:
-                return self._parse(head), end + 4
-            finally:
-                self._forget()
-        request = self._parse(head)
-        if not start:
-            self._last = head
-            self._request = request
+        if len(head) < len(buffer):
+            request = self._of_a_mould(head)
+        if request is None:
+            request = self._parse(head)
+            if not start and len(head) <= REMEMBERED:
+                self._last = head
+                self._request = request
         return request, end + 4
 
-    def _forget(self) -> None:
-        """Hold on to nothing of the last block."""
-        self._block = self._before = self._fields = self._ending = b""
-        self._ending_minor = -1
-        self._meaning, self._claims = None, {}
+    def _of_a_mould(self, head: bytes) -> Request | None:
+        """The request whose head these octets are, if all of them are known but for a target and a value."""
+        if len(head) > self._limits.short:
+            return None
+        try:
+            method, target, rest = head.split(b" ", 2)
+        except ValueError:
+            return None
+        for mould in self._moulds:
+            if rest.startswith(mould.before) and rest.endswith(mould.after, mould.at) and head.startswith(mould.start):
+                value = rest[mould.slot]
+                # A value may hold other octets, too, but hardly ever does: then its head is parsed.
+                if (value and not mould.varies) or (target + value).translate(None, _PRINTED):
+                    continue
+                first = mould.first
+                request = Request()
+                request.received = head
+                request.method = method
+                request.line = head[: 8 - len(rest)]  # the rest begins with the version's 8 octets
+                request.target = target
+                request.minor = first.minor
+                request.head = b"".join((method, b" ", target, mould.sent_before, value, mould.sent_after))
+                request.length = first.length
+                request.idempotent = first.idempotent
+                request.plain = first.plain
+                request.expect = first.expect
+                request.upgrade = first.upgrade
+                request.persistent = first.persistent
+                request.forwarded_for = first.forwarded_for
+                return request
+        return None
 
     def _check_unfinished(self, buffer: bytes, start: int, seen: int) -> None:
         """Refuse as soon as it is clear that no whole head can come of it."""
@@ -331,25 +372,16 @@ class RequestReader:
         if method == b"CONNECT":
             raise HttpError(405, "CONNECT is not offered")
 
-        block = head[line_end:-2]
-        if block != self._block:
-            self._understand(block)
-        meaning, fields = self._meaning, self._fields
-        assert meaning is not None
+        fields, meaning, claims, varies = self._understand(head[line_end:-2])
         if meaning.length == CHUNKED and minor == 0:
             raise HttpError(400, "Transfer-Encoding in HTTP/1.0")
         if meaning.host is None and minor:
             raise HttpError(400, "HTTP/1.1 without a Host field")
         host = meaning.host or self._authority
-        if target[:1] == b"/":
-            if self._ending_minor != minor:
-                self._ending = self._make_ending(meaning, host, minor)
-                self._ending_minor = minor
-            ending = self._ending
-        else:
+        absolute = target[:1] != b"/"
+        if absolute:
             target, named = _origin_form(method, target)
             host = host if named is None else named
-            ending = self._make_ending(meaning, host, minor)
         if meaning.hops >= 0 and method in (b"TRACE", b"OPTIONS"):
             fields = _one_hop_less(method, fields, meaning.hops)
 
@@ -358,8 +390,8 @@ class RequestReader:
         request.method = method
         request.line = line
         request.target = target
-        request.fields = fields
         request.minor = minor
+        ending = self._ending(meaning, claims, host, minor)
         request.head = b"".join((method, b" ", target, b" HTTP/1.1\r\nHost: ", host, fields, ending))
         request.length = meaning.length
         request.idempotent = method in IDEMPOTENT
@@ -367,20 +399,17 @@ class RequestReader:
         request.expect = meaning.expect and minor == 1
         request.upgrade = meaning.upgrade and minor == 1
         request.persistent = not meaning.close and (minor == 1 or meaning.keep_alive)
-        request.forwarded_for = self._claims.get(b"x-forwarded-for", b"")
+        request.forwarded_for = claims.get(b"x-forwarded-for", b"")
+        if varies is not None and not absolute and len(head) <= self._limits.short:
+            self._moulds = (_mould(request, varies, len(ending)), *self._moulds[: self.MOULDS - 1])
         return request
 
-    def _understand(self, block: bytes) -> None:
-        """What a block of fields means, and what of it goes on unchanged."""
-        before, after = self._before, self._after
-        short = len(before) + len(after) <= len(block) <= REMEMBERED
-        if before and short and block.startswith(before) and block.endswith(after):
-            value = block[len(before) : len(block) - len(after)]
-            if not value.translate(None, _TEXT):
-                self._block = block
-                self._fields = self._fields_before + value + self._fields_after
-                return
-        self._block = self._before = b""  # whatever happens, they do not stand for what the last one meant
+    def _understand(self, block: bytes) -> tuple[bytes, _Meaning, dict[bytes, bytes], bytes | None]:
+        """What of a block of fields goes on unchanged, what the block means, and what it says of who asks whom.
+
+        The last tells what blocks may come next: this one with another value in the line that is told, which nobody had
+        seen before; or, where that is b"", just this one, which is here again; None where there is nothing to expect.
+        """
         lines = block.split(b"\r\n")  # with nothing before the first CRLF, and nothing after the last
         if len(lines) - 2 > self._limits.fields:
             raise HttpError(431, "too many fields")
@@ -410,37 +439,27 @@ class RequestReader:
                 known.meanings.clear()
             if sum(map(len, key)) <= known.LONGEST:
                 known.meanings[key] = meaning
-        self._fields = b"\r\n".join(lines)
+        fields = b"\r\n".join(lines)
         if meaning.dropped:
-            self._fields = _without(self._fields, meaning.dropped)
-        self._meaning = meaning
-        self._claims = claims
-        self._ending_minor = -1
-        self._block = block
-        if len(new) == 1 and not meaning.dropped:
-            self._expect_others_of(new[0])
+            fields = _without(fields, meaning.dropped)
+        elif len(new) == 1:
+            return fields, meaning, claims, new[0]
+        elif hash(block) in self._blocks:
+            return fields, meaning, claims, b""
+        self._blocks.append(hash(block))
+        return fields, meaning, claims, None
 
-    def _expect_others_of(self, line: bytes) -> None:
-        """The next block may have another value in this line, which nobody had seen before, and be the same else."""
-        name = line[: line.index(b":")]
-        self._before, _, self._after = self._block.partition(b"\r\n%b\r\n" % line)
-        self._fields_before, _, self._fields_after = self._fields.partition(b"\r\n%b\r\n" % line)
-        self._before += b"\r\n%b:" % name
-        self._fields_before += b"\r\n%b:" % name
-        self._after = b"\r\n" + self._after
-        self._fields_after = b"\r\n" + self._fields_after
-
-    def _make_ending(self, meaning: _Meaning, host: bytes, minor: int) -> bytes:
+    def _ending(self, meaning: _Meaning, claims: dict[bytes, bytes], host: bytes, minor: int) -> bytes:
         """All of the backend's head that follows the fields that go on unchanged."""
         modern = meaning.modern if minor else b""
         via = b"\r\nVia: 1.1 lb\r\n\r\n" if minor else b"\r\nVia: 1.0 lb\r\n\r\n"
-        return b"".join((meaning.framing, modern, self._forwarding(host), via))
+        return b"".join((meaning.framing, modern, self._forwarding(claims, host), via))
 
-    def _forwarding(self, host: bytes) -> bytes:
+    def _forwarding(self, claims: dict[bytes, bytes], host: bytes) -> bytes:
         """The fields that tell the backend who asks, without the last line's end."""
-        if not self._claims and not self._forwarded:
+        if not claims and not self._forwarded:
             return self._suffix + host
-        given = self._claims.get
+        given = claims.get
         before = given(b"x-forwarded-for")
         lines = [
             b"X-Forwarded-For: %b" % (b"%b, %b" % (before, self._client) if before else self._client),
@@ -453,6 +472,31 @@ class RequestReader:
             before = given(b"forwarded")
             lines.append(b"Forwarded: %b" % (b"%b, %b" % (before, element) if before else element))
         return b"\r\n".join(lines)
+
+
+def _mould(request: Request, line: bytes, ending: int) -> _Mould:
+    """The mould of this request, in which this line varies, none if it is b"".
+
+    In what a backend is sent, `ending` octets follow the fields that go on.
+    """
+    mould = _Mould()
+    mould.start = request.method + b" /"
+    mould.varies = line != b""
+    skipped = len(request.method) + 1 + len(request.target)
+    before, mould.after = _around_value(request.received, line, 2)
+    mould.before = before[skipped + 1 :]
+    mould.at = len(mould.before)
+    mould.slot = slice(mould.at, -len(mould.after))
+    before, mould.sent_after = _around_value(request.head, line, ending)
+    mould.sent_before = before[skipped:]
+    mould.first = request
+    return mould
+
+
+def _around_value(head: bytes, line: bytes, ending: int) -> tuple[bytes, bytes]:
+    """A head before and behind the value of this line of its fields, which so many octets follow."""
+    begin = head.rindex(b"\r\n" + line + b"\r\n" if line else b"\r\n", 0, -ending) + 2
+    return head[: begin + line.find(b":") + 1], head[begin + len(line) :]
 
 
 def _meaning(said: Iterable[tuple[bytes, bytes] | None]) -> _Meaning:

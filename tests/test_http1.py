@@ -273,6 +273,7 @@ def test_what_a_backend_is_sent(rewritten: Rewritten) -> None:
     for pieces in arrivals(head(*rewritten.lines)):
         request, rest = read_request(pieces)
         assert request.head == sent(*rewritten.forwarded, minor=rewritten.minor)
+        assert request.head == b"%b %b HTTP/1.1%b" % (request.method, request.target, request.fields)
         assert rest == b""
 
 
@@ -400,6 +401,9 @@ def test_a_long_head_is_not_held_on_to() -> None:
     by = reader()
     long = get("A: " + "a" * REMEMBERED)
     assert read_request([long], by)[0] is not read_request([long], by)[0]
+    for number in range(3):
+        by.read(get("B: 2", f"A: {number}" + "a" * REMEMBERED))
+    assert held_by(by) < REMEMBERED
 
 
 def test_nothing_is_remembered_by_a_reader_that_has_read_nothing() -> None:
@@ -484,10 +488,15 @@ def understood(by: RequestReader, octets: bytes) -> list[object]:
     return [found[1], *(getattr(found[0], name) for name in Request.__slots__)]
 
 
-def held_by(by: RequestReader) -> int:
-    """Octets of heads that a reader holds on to."""
-    held = [getattr(by, name) for name in RequestReader.__slots__]
-    return sum(len(one) for one in held if isinstance(one, bytes))
+def held_by(what: object) -> int:
+    """Octets of heads that a reader holds on to, or a part of it."""
+    if isinstance(what, bytes):
+        return len(what)
+    parts = what if isinstance(what, tuple) else [getattr(what, name) for name in getattr(what, "__slots__", ())]
+    return sum(map(held_by, parts))
+
+
+HELD = (4 * RequestReader.MOULDS + 8) * REMEMBERED  # of each mould two heads, which came and went, in one and in parts
 
 
 VALUES = [
@@ -531,7 +540,97 @@ def test_a_head_that_differs_from_the_last_in_a_line_means_what_it_means_alone(
         usual = template.replace(b"%b", b" %d" % number)
         for octets in (usual, template.replace(b"%b", value), between, usual.replace(b" / ", b" /other "), usual):
             assert not octets or understood(by, octets) == understood(new(), octets)
-            assert held_by(by) < HeadLimits().head + 8 * REMEMBERED  # what goes on of one long head, at most
+            assert held_by(by) < HELD
+
+
+LIKE = {
+    "other targets": [get("A: 1", line=f"GET /{number} HTTP/1.1") for number in range(9)],
+    "no field but Host": [get(line=f"GET /{number} HTTP/1.1") for number in range(9)],
+    "other values": [get(f"A: {number}") for number in range(9)],
+    "both": [get("A: 1", f"B: {number}", "C: 2", line=f"GET /?{number} HTTP/1.1") for number in range(9)],
+    "HTTP/1.0": [head(f"GET /{number} HTTP/1.0", f"A: {number}") for number in range(9)],
+    "two browsers": [
+        get(f"User-Agent: {n % 2}", "A: 1", f"Cookie: a={n}", line=f"GET /{n} HTTP/1.1") for n in range(15)
+    ],
+    "two methods": [get("A: 1", line=f"{('GET', 'POST')[n % 2]} /{n} HTTP/1.1") for n in range(15)],
+    "bodies": [get("Content-Length: 4", line=f"PUT /{number} HTTP/1.1") + b"\r\n\r\n" for number in range(9)],
+    "another behind": [get(line=f"GET /{number} HTTP/1.1") + get("A: 1") for number in range(9)],
+    "an empty line before": [b"\r\n" + get(line=f"GET /{number} HTTP/1.1") for number in range(9)],
+}
+
+
+@pytest.mark.parametrize("octets", LIKE.values(), ids=LIKE)
+def test_a_head_that_is_like_one_of_the_last_is_not_parsed(
+    octets: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = [understood(reader(), one) for one in octets]
+    by = reader()
+    for one in octets[:-4]:
+        by.read(one)
+    monkeypatch.delattr(RequestReader, "_parse")
+    assert [understood(by, one) for one in octets[-4:]] == alone[-4:]
+
+
+@pytest.mark.parametrize(
+    "octets",
+    [
+        pytest.param(get("A: 1", "B: 2", line="GET /\x01 HTTP/1.1"), id="a control octet in the target"),
+        pytest.param(get("A: 1", "B: 2", line="GET /\x80 HTTP/1.1"), id="no ASCII in the target"),
+        pytest.param(get("A: 1", "B: 2", line="GET /#a HTTP/1.1"), id="a fragment"),
+        pytest.param(get("A: 1", "B: 2", line="GET /a b HTTP/1.1"), id="a space in the target"),
+        pytest.param(get("A: 1", "B: 2", line="GET  / HTTP/1.1"), id="two spaces"),
+        pytest.param(get("A: 1", "B: 2", line="GET a HTTP/1.1"), id="no path"),
+        pytest.param(get("A: 1", "B: 2", line="get / HTTP/1.1"), id="another method"),
+        pytest.param(get("A: 1", "B: 2", line="CONNECT / HTTP/1.1"), id="CONNECT"),
+        pytest.param(get("A: 1", "B: 2", line="GET / HTTP/2.0"), id="another version"),
+        pytest.param(get("A: 1", "B: 2", line="GET / HTTP/1.1 "), id="a space behind the version"),
+        pytest.param(get("A: 1\n", "B: 2"), id="a lone LF"),
+        pytest.param(get("A: \x00", "B: 2"), id="NUL"),
+        pytest.param(get("A: 1\r\nContent-Length: 3", "B: 2"), id="a line more"),
+        pytest.param(get("A: \xe9\t", "B: 2"), id="a value that is not ASCII"),
+        pytest.param(get("A: 1", "B: 2") + b"a" + get("B: 2")[-10:], id="a body that ends like it"),
+        pytest.param(get("B: 2"), id="a line less"),
+        pytest.param(get("A: 1", "B: 2", line=line_of(61)), id="S 5.4 too long a line"),
+        pytest.param(get("A: " + "a" * 150, "B: 2"), id="S 5.4 too large a head"),
+    ],
+)
+@pytest.mark.parametrize("limits", [LIMITS, HeadLimits(100), HeadLimits()], ids=["tight", "tighter", ""])
+def test_a_head_that_is_only_nearly_like_the_last_ones_means_what_it_means_alone(
+    octets: bytes, limits: HeadLimits
+) -> None:
+    by = reader(limits)
+    for number in range(3):
+        by.read(get(f"A: {number}", "B: 2", line=f"GET /{number} HTTP/1.1"))
+    assert understood(by, octets) == understood(reader(limits), octets)
+    usual = get("A: 7", "B: 2", line="GET /7 HTTP/1.1")
+    assert understood(by, usual) == understood(reader(limits), usual)
+
+
+@pytest.mark.parametrize("octets", LIKE.values(), ids=LIKE)
+def test_a_head_that_begins_like_the_last_ones_is_not_whole_before_it_ends(octets: list[bytes]) -> None:
+    by = reader()
+    for one in octets[:-1]:
+        by.read(one)
+    unfinished = octets[-1][: octets[-1].index(b"\r\n\r\n") + 2]
+    for end in range(len(unfinished) + 2):
+        assert by.read((unfinished + b"\r")[:end]) is None
+    assert by.read(unfinished + b"a: 1\r\n") is None
+    with pytest.raises(HttpError):
+        by.read(unfinished + b"a\r\n\r\n")
+
+
+@pytest.mark.parametrize("fields", [("Via: 1.1 lb", "A: 1"), ("A: 1", "Via: 1.1 lb"), ("A: 1", "B: 2", "A: 1")])
+def test_a_varied_line_is_not_taken_for_another_that_is_the_same(fields: tuple[str, ...]) -> None:
+    """We add a Via of our own, which a client's, that of another balancer like us, may be like."""
+    for place in range(len(fields)):
+        by = reader()
+        varied = [*fields]
+        for value in (varied[place].partition(": ")[2], "7", "8"):
+            varied[place] = f"{varied[place].partition(':')[0]}: {value}"
+            by.read(get(*[line for number, line in enumerate(varied) if number != place]))
+            for number in range(3):
+                octets = get(*varied, line=f"GET /{number} HTTP/1.1")
+                assert understood(by, octets) == understood(reader(), octets)
 
 
 def test_what_stands_around_a_value_may_not_overlap() -> None:
@@ -578,8 +677,16 @@ def test_however_many_lines_come_a_bounded_number_is_known() -> None:
         assert len(known.meanings) <= Known.MEANINGS
     assert max(map(len, [*known.plain, *known.telling])) <= Known.LONGEST
     assert max(sum(map(len, lines)) for lines in known.meanings) <= Known.LONGEST
-    assert held_by(by) < 8 * REMEMBERED
+    assert held_by(by) < HELD
     assert understood(by, get("A: 1", "X-Forwarded-For: 1")) == understood(new(), get("A: 1", "X-Forwarded-For: 1"))
+
+
+def test_however_many_kinds_of_heads_come_a_bounded_number_is_held() -> None:
+    by = reader()
+    for number in range(100):
+        for target in range(4):
+            by.read(get(f"A-{number}: 1", "B: " + "b" * (REMEMBERED - 100), line=f"GET /{target} HTTP/1.1"))
+        assert held_by(by) < HELD
 
 
 def test_what_is_known_of_a_line_says_nothing_of_who_reads_it() -> None:
