@@ -146,7 +146,10 @@ _number: Kept[int] = Kept(str, 1024)
 @kept(256)
 def _request(line: bytes) -> str:
     """A request line, fit for quotes. What is asked for once is mostly asked for again."""
-    return _quotable(line.decode("ascii", "surrogateescape"))
+    text = line.decode("ascii", "surrogateescape")
+    if text.isprintable() and '"' not in text and "\\" not in text:
+        return text  # the pattern takes twice as long to find nothing
+    return _UNQUOTABLE.sub(_escaped, text)
 
 
 _UNQUOTABLE = re.compile(r"[^ !#-\[\]-~]")  # all but printable ASCII, and the quote and the backslash of it
@@ -295,8 +298,10 @@ _HAPROXY_ENCODED = re.compile(r"[^ !$-~]")  # all but printable ASCII, and the q
 @kept(256)
 def _haproxy_request(line: bytes) -> str:
     """A request line as HAProxy quotes it (its manual, 8.6)."""
-    text = line.decode("latin-1") or "<BADREQ>"
-    return _HAPROXY_ENCODED.sub(lambda match: f"#{ord(match[0]):02X}", text)
+    text = line.decode("ascii", "surrogateescape") or "<BADREQ>"
+    if text.isprintable() and '"' not in text and "#" not in text:
+        return text
+    return _HAPROXY_ENCODED.sub(lambda match: f"#{ord(match[0]) & 0xFF:02X}", text)
 
 
 # json -------------------------------------------------------------------------------------------------------------
