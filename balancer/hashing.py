@@ -135,7 +135,7 @@ def key_of(hash_on: str, target: bytes, fields: bytes) -> str:
     """What a request is hashed by; "" where it has no such thing.
 
     hash_on: "header:NAME", "cookie:NAME", "query:NAME" or "path", as the configuration has it. target: of the request
-    line, in origin or absolute form. fields: a well-formed block of them, each with CRLF before it. Where a name comes
+    line, in origin or absolute form. fields: well-formed, each with CRLF before it, as in a head. Where a name comes
     several times the first counts. Nothing is decoded: the key is the octets, one character for each.
     """
     return _reader(hash_on)(target, fields).decode("latin-1")

@@ -136,11 +136,6 @@ class Request:
     plain: bool  # may its answer be passed on as it is, head and body?
     forwarded_for: bytes  # X-Forwarded-For as it came, where the peer is trusted to know
 
-    @property
-    def fields(self) -> bytes:
-        """Those that the backend is sent, each after its CRLF, and the last one before two."""
-        return self.head[self.head.index(b"\r\n") :]
-
 
 class _Mould:
     """What heads have in common that differ in nothing but the target, a path, and the value of one field.

@@ -442,10 +442,9 @@ class HttpSession:
         front = self._front
         self.key = self._source[0]
         if front.hash_on:
-            head = request.head  # Host stands there only
-            self.key = key_of(front.hash_on, request.target, head[head.index(b"\r\n") :]) or self.key
+            self.key = key_of(front.hash_on, request.target, request.head) or self.key
         if front.sticky is not None:
-            value = front.sticky.find(request.fields)
+            value = front.sticky.find(request.head)
             self.wanted = front.sticks.get(value) if value is not None else None
 
     def _begin_body(self, request: Request, data: bytes) -> bool:

@@ -55,7 +55,7 @@ class Sticky:
         return urlsafe_b64encode(digest[:16]).rstrip(b"=").decode()
 
     def find(self, fields: bytes) -> str | None:
-        """The cookie's value in a request's block of fields; None where there is none that could be ours."""
+        """The cookie's value in a request's head; None where there is none that could be ours."""
         for value in cookie_values(fields, self._name):
             if _OURS.fullmatch(value):
                 return value.decode()
@@ -74,9 +74,9 @@ class Sticky:
 
 
 def cookie_values(fields: bytes, name: bytes) -> Iterator[bytes]:
-    """Each value that the Cookie fields of a block give this name, in their order.
+    """Each value that the Cookie fields of a head give this name, in their order.
 
-    `fields` is a block that was found to be well-formed: lines of "name:value", each with CRLF before it.
+    `fields` was found to be well-formed: lines of "name:value", each with CRLF before it, behind whatever first line.
     """
     if name + b"=" not in fields:
         return

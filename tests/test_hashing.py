@@ -320,7 +320,7 @@ def test_the_set_may_change_and_change_back():
 
 
 def block(*fields: bytes) -> bytes:
-    """As `http1.Request.fields` has them."""
+    """As they stand in a head."""
     return b"".join(b"\r\n" + field for field in fields) + b"\r\n"
 
 

@@ -26,7 +26,7 @@ def sticky(name: str = "lb", secret: bytes = SECRET, **options) -> Sticky:
 
 
 def block(*fields: str) -> bytes:
-    """As `http1.Request.fields` has them."""
+    """As they stand in a head."""
     return "".join(f"\r\n{field}" for field in fields).encode("latin-1") + b"\r\n"
 
 
