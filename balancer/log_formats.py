@@ -110,7 +110,7 @@ def text_exchange(record: Exchange) -> str:
     else:
         what = f"tcp {octets_in}/{octets_out}"
     text = (
-        f"{_date[ended]} INFO {client} {what} backend={backend} {_tenths[int(total * 10_000 + 0.5)]}ms "
+        f"{_date[int(ended * 1000)]} INFO {client} {what} backend={backend} {_tenths[int(total * 10_000 + 0.5)]}ms "
         f"code={code} tries={_number[tries]}"
     )
     return f"{text} id={_quotable(name).replace(' ', '_')}" if name else text
@@ -119,13 +119,12 @@ def text_exchange(record: Exchange) -> str:
 def text_event(event: Event) -> str:
     """One line for people: `2026-11-20 20:37:20.123 WARNING backend 1 is DOWN: L4CON refused, 3rd failure`."""
     moment, level, text = event
-    return f"{_date[moment]} {level.upper()} {_printable(text)}"
+    return f"{_date[int(moment * 1000)]} {level.upper()} {_printable(text)}"
 
 
-@kept(4)
-def _date(moment: float) -> str:
-    """Local time, `2026-11-20 20:37:20.123`. What is logged in a row has mostly ended at the same moment."""
-    milliseconds = int(moment * 1000)
+@kept(16)
+def _date(milliseconds: int) -> str:
+    """Local time, `2026-11-20 20:37:20.123`."""
     return f"{_second[milliseconds // 1000]}.{milliseconds % 1000:03d}"
 
 
@@ -326,7 +325,7 @@ def json_exchange(record: Exchange) -> str:
         int(answered * 10_000 + 0.5),
     ]
     return (
-        f'{{"time":"{_json_date[ended]}","level":"info","client":"{client}",'
+        f'{{"time":"{_json_date[int(ended * 1000)]}","level":"info","client":"{client}",'
         f'"request":{_json_request[line]},"status":{status or "null"},'
         f'"octets_in":{octets_in},"octets_out":{octets_out},"backend":{_json_backend[backend]},'
         f'{times},"total_ms":{total * 1000:.1f},{_json_load[code, tries, sessions, in_hand, leases, queued]},'
@@ -337,13 +336,12 @@ def json_exchange(record: Exchange) -> str:
 def json_event(event: Event) -> str:
     """`{"time":"2026-11-20T19:37:20.123Z","level":"warning","event":"backend 1 is DOWN: L4CON refused"}`."""
     moment, level, text = event
-    return f'{{"time":"{_json_date[moment]}","level":"{level}","event":{_json(text)}}}'
+    return f'{{"time":"{_json_date[int(moment * 1000)]}","level":"{level}","event":{_json(text)}}}'
 
 
-@kept(4)
-def _json_date(moment: float) -> str:
+@kept(16)
+def _json_date(milliseconds: int) -> str:
     """Universal time, `2026-11-20T19:37:20.123Z`."""
-    milliseconds = int(moment * 1000)
     return f"{_json_second[milliseconds // 1000]}.{milliseconds % 1000:03d}Z"
 
 
