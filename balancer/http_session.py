@@ -23,7 +23,7 @@ and `on_sent`, which do what the general case would do, and between them the ans
 What it leaves behind, `_begin_head` clears, or the next one that is known overwrites.
 
 A client mostly asks for the same again. `_known` is `_request` as it came, where nothing has to be thought of when that
-comes again; of one with a body, `_known_head` is its head and `_known_octets` its length. They are b"" and -1 else.
+comes again, else b""; of one with a body, `_known_octets` is the length, else -1, and `_known_head` the head.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class HttpSession:
     def _begin_head(self) -> None:
         """Forget what was asked: something else begins."""
         self._request: Request | None = None
-        self._forget_known()
+        self._known, self._known_octets = b"", -1
         self._began = self._reactor.now  # when the request's first octet was there
         self._head_after = -1.0
         self.key = self._peer
@@ -207,11 +207,6 @@ class HttpSession:
         if self._source is not self._address:
             self._source = self._address
             self._client = format_address(*self._address)
-
-    def _forget_known(self) -> None:
-        """Have the next request read, whatever it is."""
-        self._known = self._known_head = b""
-        self._known_octets = -1
 
     # ---- what the listener asks -------------------------------------------------------------------------------
 
@@ -230,7 +225,7 @@ class HttpSession:
 
     def drain(self) -> None:
         """Answer one more request at most, and say with its answer that it was the last."""
-        self._forget_known()
+        self._known, self._known_octets = b"", -1
         if self._state is not IDLE:
             self._persistent = False
         elif not self._head_begun:
@@ -239,7 +234,7 @@ class HttpSession:
     def configured(self) -> None:
         """Read and judge the next request by the settings as they are now."""
         self._reader = self._front.reader(self._peer)
-        self._forget_known()
+        self._known, self._known_octets = b"", -1
 
     def kill(self) -> None:
         if self._tunnel is not None:
