@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from contextlib import ExitStack, closing
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from backend_server import Backend, serving
+from balancer.backend import Admin
 from balancer.config import BackendTls, Server
 from balancer.explain import as_text
 from balancing import connect, log_lines, running
@@ -217,3 +219,70 @@ def test_the_redirecting_listener_follows_a_reload_and_can_be_explained(tmp_path
         changed(balancer, deny=("127.0.0.0/8",))
         with closing(socket.create_connection(redirect, timeout=PATIENCE)) as sock:
             assert read_response(sock).status == 403
+
+
+DATED = OK.replace(b"\r\n\r\n", b"\r\nDate: Sat, 21 Nov 2026 05:00:00 GMT\r\n\r\n")  # to one without we would add it
+
+
+def answering(connection):
+    """Of what it is asked for, it cuts off /cut, answers /chunked in chunks, and anything else as it should."""
+    while request := connection.read_request():
+        if b" /cut " in request:
+            return
+        if b" /chunked " in request:
+            connection.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n")
+        else:
+            connection.send(DATED[:-2] if request.startswith(b"HEAD ") else DATED)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        GET,
+        GET.replace(b"GET", b"HEAD"),
+        GET.replace(b"/ ", b"/chunked "),
+        GET.replace(b"/ ", b"/cut "),
+        GET.replace(b"/ ", b"/gone "),
+        GET.replace(b"Host", b"Ho st"),
+        GET[:-2],
+        b"POST / HTTP/1.1\r\nHost: lb.test\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: lb.test\r\nContent-Length: 5\r\n\r\nhel",
+        b"POST /cut HTTP/1.1\r\nHost: lb.test\r\nContent-Length: 5\r\n\r\nhello",
+    ],
+    ids=["get", "head", "chunked", "cut", "gone", "bad", "half a head", "chunked post", "half a body", "cut post"],
+)
+@pytest.mark.parametrize(
+    "before", [GET, b"POST / HTTP/1.1\r\nHost: lb.test\r\nContent-Length: 5\r\n\r\nhello"], ids=["get", "post"]
+)
+def test_whatever_follows_a_plain_exchange_is_logged_as_on_a_connection_of_its_own(tmp_path, message, before):
+    """A plain exchange does not clear what it leaves behind."""
+    records = []
+    for number, earlier in enumerate(([], [before] * 3)):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        log = {"file": str(directory / "lb.log"), "format": "json"}
+        quiet = {"type": "tcp", "interval": 60}
+        with (
+            FakeBackend(answering) as fake,
+            running(directory, [("127.0.0.1", fake.port)], log=log, health_check=quiet) as balancer,
+            connect(balancer) as other,
+            connect(balancer) as sock,
+        ):
+            assert ask(other).status == 200  # which leaves a connection to the backend
+            for each in earlier:
+                sock.sendall(each)
+                assert read_response(sock).status == 200
+            if b" /gone " in message:
+                balancer.pool.set_admin(balancer.pool.backends[0], Admin.MAINT, "test")
+            sock.sendall(message)
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(65536):
+                pass
+            ask(other)
+            assert all(request.startswith((b"GET ", b"HEAD ", b"POST ")) for request in fake.requests)
+        made = [json.loads(line) for line in log_lines(directory)]
+        *_, last, _ = [one for one in made if "client" in one]
+        records.append({key: value if not key.endswith("_ms") else value is None for key, value in last.items()})
+        for key in "client", "time", "id":
+            records[-1][key] = bool(records[-1][key])
+    assert records[0] == records[1]
