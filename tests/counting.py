@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
@@ -131,9 +132,12 @@ def backends(work: Work) -> Iterator[list[tuple[str, int]]]:
         yield [(backend.host, backend.port) for backend in (one, other)]
 
 
-def words(count: int) -> list[str]:
-    """Others than the words that warm up, lest what is asked for be known."""
-    return [f"{number:04}" for number in range(count)]
+_numbers = count(1)
+
+
+def words(number: int) -> list[str]:
+    """Never the same, lest what is asked for be known."""
+    return [f"{next(_numbers):06}" for _ in range(number)]
 
 
 WARM_UP = [f"warm-up-{number}" for number in range(10)]
