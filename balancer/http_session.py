@@ -302,7 +302,10 @@ class HttpSession:
         if self._plain and len(data) == answers.whole and data.startswith(head := answers.head):
             assert answers.answer is not None
             self._pass_on(upstream, answers.answer, data[len(head) :])
-        elif self._state is WAITING:
+            return
+        if len(data) < RECEIVE:
+            self._reactor.ready.discard(upstream.fd)  # that was all: who is given this connection next need not look
+        if self._state is WAITING:
             if data:
                 self._read_answer(data)
             else:

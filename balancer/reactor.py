@@ -147,7 +147,7 @@ class Reactor:
         self.outbox: list[tuple[Sink, bytes, Sender, bool]] = []  # is it told, too, when all of it was sent?
         self.handlers: dict[int, Handler] = {}  # change an entry to hand a descriptor to another handler
         self.timed: set[Timed] = set()
-        self.ready: set[int] = set()  # the descriptors of the current batch
+        self.ready: set[int] = set()  # the descriptors of the current batch, but for those that were emptied since
         self._looked = False  # are they those that were found ready for the current outbox?
         self.now = clock()  # the clock, as it stood when the current batch began
         self.wall = time.time()  # and the time of day: seconds since the epoch

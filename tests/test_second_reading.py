@@ -15,6 +15,7 @@ from backend_server import Backend, serving
 from balancer.backend import Admin
 from balancer.config import BackendTls, Server
 from balancer.explain import as_text
+from balancer.upstream import Upstream
 from balancing import connect, log_lines, running
 from conftest import PATIENCE, eventually
 from fakes import FakeBackend, read_response
@@ -286,3 +287,48 @@ def test_whatever_follows_a_plain_exchange_is_logged_as_on_a_connection_of_its_o
         for key in "client", "time", "id":
             records[-1][key] = bool(records[-1][key])
     assert records[0] == records[1]
+
+
+def test_a_connection_that_was_read_to_its_end_is_not_looked_at_when_it_is_given_to_another_at_once(
+    tmp_path, monkeypatch
+):
+    """A look is a system call and an exception, and of many long answers each one's connection was looked at."""
+    looks = []
+    asked, answer = threading.Event(), threading.Event()
+
+    def answers_when_told(connection):
+        while connection.read_request():
+            asked.set()
+            assert answer.wait(PATIENCE)
+            connection.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n")
+            sent.set()
+
+    def look(upstream: Upstream) -> bool:
+        looks.append(upstream)
+        return False
+
+    sent, held, go_on = threading.Event(), threading.Event(), threading.Event()
+    with (
+        FakeBackend(answers_when_told) as fake,
+        running(tmp_path, [("127.0.0.1", fake.port)], health_check={"type": "tcp", "interval": 60}) as balancer,
+        connect(balancer) as one,
+        connect(balancer) as other,
+    ):
+        monkeypatch.setattr(Upstream, "is_stale", look)
+        one.sendall(GET)
+        assert asked.wait(PATIENCE)
+
+        def hold() -> None:
+            held.set()
+            assert go_on.wait(PATIENCE)
+
+        balancer.reactor.call_soon(hold)
+        assert held.wait(PATIENCE)
+        answer.set()
+        assert sent.wait(PATIENCE)
+        other.sendall(GET)  # both are there when the reactor looks again
+        go_on.set()
+        assert read_response(one).status == read_response(other).status == 200
+        assert len(fake.requests) == 2
+        assert balancer.upstreams.idle == 1
+        assert looks == []
