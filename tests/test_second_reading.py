@@ -330,5 +330,6 @@ def test_a_connection_that_was_read_to_its_end_is_not_looked_at_when_it_is_given
         go_on.set()
         assert read_response(one).status == read_response(other).status == 200
         assert len(fake.requests) == 2
+        eventually(lambda: not balancer.pool.in_hand, "both leases are given back")
         assert balancer.upstreams.idle == 1
         assert looks == []
