@@ -264,9 +264,9 @@ class HttpSession:
                     self._ask()
             elif len(data) == self._known_octets and data.startswith(self._known_head):
                 self._began = self._reactor.now
-                self._up_first = data[len(self._known_head) :]
-                self._octets_in = len(self._up_first)
                 if not self._front.guarded or self._let_in():
+                    self._up_first = data[len(self._known_head) :]
+                    self._octets_in = len(self._up_first)
                     self._ask()
             else:
                 self._buffer = data

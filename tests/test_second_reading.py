@@ -225,6 +225,26 @@ def test_the_redirecting_listener_follows_a_reload_and_can_be_explained(tmp_path
 DATED = OK.replace(b"\r\n\r\n", b"\r\nDate: Sat, 21 Nov 2026 05:00:00 GMT\r\n\r\n")  # to one without we would add it
 
 
+@pytest.mark.parametrize("earlier", [0, 2], ids=["the first of its connection", "known"])
+def test_a_post_that_is_refused_is_refused_before_its_body(tmp_path, earlier):
+    log = {"file": str(tmp_path / "lb.log"), "format": "json"}
+    limits = {"client_rate": 0.001, "client_burst": 2}
+    post = b"POST / HTTP/1.1\r\nHost: lb.test\r\nContent-Length: 5\r\n\r\nhello"
+    with (
+        FakeBackend(DATED) as fake,
+        running(tmp_path, [("127.0.0.1", fake.port)], log=log, limits=limits) as balancer,
+    ):
+        for _ in range(2 - earlier):
+            with connect(balancer) as other:
+                assert ask(other).status == 200
+        with connect(balancer) as sock:
+            for status in [*[200] * earlier, 429]:
+                sock.sendall(post)
+                assert read_response(sock).status == status
+    *_, refused = [one for one in map(json.loads, log_lines(tmp_path)) if "client" in one]
+    assert (refused["status"], refused["octets_in"]) == (429, 0)
+
+
 def answering(connection):
     """Of what it is asked for, it cuts off /cut, answers /chunked in chunks, and anything else as it should."""
     while request := connection.read_request():
